@@ -1,0 +1,151 @@
+// The mediator of one vhost-user device: a complete back-end towards the VMM, a complete front-end towards
+// the real back-end, and a record of the device between them.
+//
+//   VMM (QEMU, User-Mode Linux)  --vhost-user-->  Mediator  --vhost-user-->  back-end (qemu-storage-daemon,
+//   …)
+//          |                                         control messages only                |
+//          +---------- guest memory, kick and call descriptors: direct -------------------+
+//
+// Every request of the VMM is validated, recorded, and forwarded or answered from the record. From the record
+// the mediator can rebuild the device at a back-end that came back, stop it within a bound, and hand its
+// state to another host. Descriptors pass through, so no byte and no notification of the data path meets
+// Baton.
+//
+// Order of calls in a migration:
+//   source:      StartLogging → HarvestLog… → ArmStop → (the VMM stops the device) → CollectState
+//                → last HarvestLog → the end of the object, or DisarmStop and StopLogging if the guest stays
+//   destination: Start → ExpectState → (the VMM starts the device)
+//
+// Threads: one thread of its own, which sleeps as long as nobody talks. All methods may be called from any
+// thread; those that take a deadline wait for that thread, at most that long. Callbacks run on the mediator's
+// thread and must not call methods of the same mediator that take a deadline.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "agent/memory/dirty_source.h"
+#include "agent/memory/guest_ram.h"
+#include "baton/v1/fleet.pb.h"
+#include "baton/v1/peer.pb.h"
+#include "baton/v1/vm_spec.pb.h"
+#include "common/clock.h"
+#include "common/status.h"
+
+namespace baton::vhost {
+
+// One region of the memory table that the VMM handed over.
+struct MemoryRegionInfo {
+  uint64_t gpa = 0;
+  uint64_t size = 0;
+  uint64_t user_addr = 0;    // in the VMM's address space; opaque
+  uint64_t mmap_offset = 0;  // of the region's first byte in the file
+  dev_t device = 0;          // st_dev and st_ino of the file
+  ino_t inode = 0;
+};
+
+// Translates a memory table into the layout of `ram` by device and inode. Regions whose file is not a block
+// of `ram` are an error (FailedPrecondition): their pages would not move.
+absl::StatusOr<std::vector<memory::GpaRange>> LayoutFor(const std::vector<MemoryRegionInfo>& regions,
+                                                        const memory::GuestRam& ram);
+
+struct MediatorOptions {
+  // Name, class and size of the device. Only the name is needed; it appears in every message.
+  v1::DeviceSpec spec;
+  // Where the back-end listens, what it is, what may be assumed when it dies.
+  v1::Backend backend;
+  // Where the VMM will connect. A socket left there by an earlier process is replaced. Mode 0600.
+  std::string listen_path;
+  // Watchdog of each request to the back-end.
+  Duration request_timeout = std::chrono::seconds(5);
+  // Bound of a stop that the VMM asks for outside of a migration (guest reset, shutdown).
+  Duration stop_timeout = std::chrono::seconds(30);
+  // True: Start fails when the back-end cannot be reached within `connect_timeout`. False: the device begins
+  // as BACKEND_LOST, and the VMM can connect once the back-end has been seen.
+  bool backend_required = true;
+  Duration connect_timeout = std::chrono::seconds(5);
+  // Guest memory for HarvestLog; may be null, then HarvestLog fails. Must outlive the mediator. Its layout
+  // must have been set (see MediatorCallbacks::on_memory) before the first harvest.
+  const memory::GuestRam* ram = nullptr;
+};
+
+struct MediatorCallbacks {
+  // The VMM handed over a new memory table; `regions` is the whole of it. Called before the table is used.
+  std::function<void(const std::vector<MemoryRegionInfo>& regions)> on_memory;
+  // Something in Describe() changed: started, stopped, back-end lost, back, held.
+  std::function<void(const v1::Device& device)> on_change;
+};
+
+class Mediator {
+ public:
+  // Connects to the back-end, asks what it offers, then listens for the VMM. Errors name device and path:
+  // Unavailable/NotFound (no back-end), DeadlineExceeded (it is silent), FailedPrecondition (it cannot be
+  // used), and whatever kept the listening socket from being made.
+  static absl::StatusOr<std::unique_ptr<Mediator>> Start(MediatorOptions options,
+                                                         MediatorCallbacks callbacks);
+  // Disconnects both sides and removes the listening socket.
+  ~Mediator();
+  Mediator(const Mediator&) = delete;
+  Mediator& operator=(const Mediator&) = delete;
+
+  const std::string& name() const;
+  // The device as of now. Never waits.
+  v1::Device Describe() const;
+  // The VMM has started at least one queue and the back-end serves it.
+  bool Active() const;
+
+  // --- source of a migration ---
+  // Makes the back-end log its writes to guest memory. The full copy of memory must begin after this
+  // returned. A device that the VMM starts later, and a back-end that is reconnected, log from their start.
+  // Idempotent. FailedPrecondition when the back-end cannot log.
+  absl::Status StartLogging(Deadline deadline);
+  // Adds every page written since the last harvest. After the back-end died while logging, the first harvest
+  // adds all pages. Any thread, one at a time; never waits.
+  absl::Status HarvestLog(memory::PageSets& out);
+  // Idempotent.
+  absl::Status StopLogging(Deadline deadline);
+  // The above as a DirtySource (each call bounded by the request timeout). Must not outlive the mediator.
+  std::unique_ptr<memory::DirtySource> MakeDirtySource();
+
+  // From now on a stop of the VMM is the stop of a migration: queues are given `drain_bound` in all, from the
+  // first of them, to finish what is in flight; at the bound the VMM is answered all the same and
+  // CollectState fails.
+  absl::Status ArmStop(Duration drain_bound);
+  // Waits until the VMM has stopped every queue, and returns the state to ship. Every invariant has been
+  // checked against guest memory. DRAIN_TIMEOUT: requests are still in flight. STATE_MISMATCH: the rings
+  // contradict the back-end. SOURCE_BACKEND_FAILED: it was lost. A device that the guest never started gives
+  // a state without vrings.
+  absl::StatusOr<v1::DeviceState> CollectState(Deadline deadline);
+  // How long the stop of CollectState took, from the first to the last queue.
+  Duration stop_duration() const;
+  // The migration was given up: stops are ordinary again. Idempotent.
+  absl::Status DisarmStop();
+
+  // --- destination of a migration ---
+  // What the VMM must ask for when it starts the device. Checked queue by queue; a difference is reported in
+  // Describe().message and the log, and by CheckExpected().
+  absl::Status ExpectState(const v1::DeviceState& state);
+  // OK once the VMM has started the device as expected (or nothing is expected); Unavailable before it has;
+  // STATE_MISMATCH with the first difference.
+  absl::Status CheckExpected() const;
+
+  // Number of times this mediator's thread woke up. For tests of "no work on the data path".
+  uint64_t wakeups() const;
+
+ private:
+  class Impl;
+  explicit Mediator(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// Compares a shipped state with the memory that arrived: for every vring avail->idx and used->idx are read
+// again, and every invariant is checked. Call at the destination before OWNER. The layout of `ram` must be
+// set. STATE_MISMATCH names the device, the vring and the value.
+absl::Status VerifyAgainstMemory(const v1::DeviceState& state, const memory::GuestRam& ram);
+
+}  // namespace baton::vhost
