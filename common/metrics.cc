@@ -4,11 +4,13 @@
 
 #include <exception>
 
+#include "common/listen.h"
+
 namespace baton {
 
 absl::StatusOr<std::unique_ptr<MetricsEndpoint>> MetricsEndpoint::Start(
     const Address& address, std::shared_ptr<prometheus::Registry> registry) {
-  if (address.is_unix()) {
+  if (!address.unix_path.empty()) {
     return Error(absl::StatusCode::kInvalidArgument, "metrics cannot be served on {}: host:port is needed",
                  address.ToString());
   }
@@ -16,7 +18,8 @@ absl::StatusOr<std::unique_ptr<MetricsEndpoint>> MetricsEndpoint::Start(
   if (absl::Status status = ProbeListen(address); !status.ok()) return Annotate(status, "metrics");
   auto endpoint = std::unique_ptr<MetricsEndpoint>(new MetricsEndpoint());
   try {
-    endpoint->exposer_ = std::make_unique<prometheus::Exposer>(address.ToString(), 1);
+    endpoint->exposer_ = std::make_unique<prometheus::Exposer>(
+        address.host.empty() ? std::to_string(address.port) : address.ToString(), 1);
     endpoint->exposer_->RegisterCollectable(registry);
     for (int port : endpoint->exposer_->GetListeningPorts()) endpoint->port_ = static_cast<uint16_t>(port);
   } catch (const std::exception& error) {

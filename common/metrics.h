@@ -7,8 +7,8 @@
 #include <memory>
 #include <string>
 
-#include "common/address.h"
 #include "common/status.h"
+#include "common/units.h"
 
 namespace prometheus {
 class Exposer;

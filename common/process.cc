@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <sys/pidfd.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -15,6 +14,11 @@
 #include <cstring>
 
 #include "common/config.h"
+
+// glibc 2.36's header has no linkage specification for C++.
+extern "C" {
+#include <sys/pidfd.h>
+}
 
 extern char** environ;
 

@@ -27,9 +27,9 @@ struct ExitStatus {
 
 struct SpawnOptions {
   // argv[0] is the program: a path, or a name searched in PATH.
-  std::vector<std::string> argv;
+  std::vector<std::string> argv = {};
   // On top of the parent's environment (or instead of it, with clear_env).
-  std::map<std::string, std::string> env;
+  std::map<std::string, std::string> env = {};
   bool clear_env = false;
   // Descriptors of the parent for 0, 1 and 2; -1 is /dev/null. Not consumed.
   int stdin_fd = -1;
@@ -37,10 +37,10 @@ struct SpawnOptions {
   int stderr_fd = -1;
   // {descriptor of the parent, number in the child}; numbers from 3, each once. Everything else above 2 is
   // closed in the child, whatever its close-on-exec flag.
-  std::vector<std::pair<int, int>> inherit;
+  std::vector<std::pair<int, int>> inherit = {};
   // setsid(): a session and process group of its own, so that signals to our terminal or group miss it.
   bool new_session = false;
-  std::string working_dir;
+  std::string working_dir = {};
 };
 
 // A child. Move-only; destroying one that was neither waited for nor released kills it (and, with

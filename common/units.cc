@@ -1,6 +1,7 @@
 #include "common/units.h"
 
 #include <absl/time/time.h>
+#include <arpa/inet.h>
 
 #include <algorithm>
 #include <charconv>
@@ -92,8 +93,13 @@ absl::StatusOr<Duration> ParseDuration(const std::string& text) {
 std::string FormatDuration(Duration duration) { return absl::FormatDuration(absl::FromChrono(duration)); }
 
 bool Address::IsLocal() const {
-  if (!unix_path.empty()) return true;
-  return host == "localhost" || host == "::1" || host.rfind("127.", 0) == 0;
+  // Other names are not resolved: what they point to may change after the check ("127.example.org" is a
+  // name).
+  if (!unix_path.empty() || host == "localhost") return true;
+  in_addr v4;
+  if (::inet_pton(AF_INET, host.c_str(), &v4) == 1) return (ntohl(v4.s_addr) >> 24) == 127;
+  in6_addr v6;
+  return ::inet_pton(AF_INET6, host.c_str(), &v6) == 1 && IN6_IS_ADDR_LOOPBACK(&v6);
 }
 
 std::string Address::ToString() const {

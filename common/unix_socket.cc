@@ -132,6 +132,11 @@ void UnixListener::Close() {
   path_.clear();
 }
 
+UniqueFd UnixListener::Release() {
+  path_.clear();
+  return std::move(fd_);
+}
+
 absl::StatusOr<UniqueFd> UnixListener::Accept() {
   for (;;) {
     int fd = ::accept4(fd_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);

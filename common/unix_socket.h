@@ -39,6 +39,8 @@ class UnixListener {
   // The next connection (non-blocking, close-on-exec), or an invalid descriptor if none is pending.
   absl::StatusOr<UniqueFd> Accept();
   void Close();
+  // Gives the descriptor away and leaves the path in place, for a socket that another process inherits.
+  UniqueFd Release();
 
  private:
   UniqueFd fd_;

@@ -8,12 +8,13 @@
 #include <filesystem>
 #include <fstream>
 
-#include "common/address.h"
 #include "common/fd.h"
 #include "common/grpc_credentials.h"
 #include "common/grpc_status.h"
+#include "common/listen.h"
 #include "common/metrics.h"
 #include "common/reason.h"
+#include "common/units.h"
 
 namespace baton {
 namespace {
@@ -31,34 +32,17 @@ class TempDir {
   std::string path_;
 };
 
-TEST(Address, ParsesEveryForm) {
-  EXPECT_EQ(ParseAddress("127.0.0.1:7400")->ToString(), "127.0.0.1:7400");
-  EXPECT_EQ(ParseAddress("[::1]:7400")->ToString(), "[::1]:7400");
-  EXPECT_EQ(ParseAddress("unix:/run/b.sock")->ToString(), "unix:/run/b.sock");
-  EXPECT_EQ(ParseAddress("unix:///run/b.sock")->path, "/run/b.sock");
-  EXPECT_EQ(ParseAddress("ctl.example:0")->port, 0);
-}
-
-TEST(Address, RejectsWithTheReason) {
-  for (const char* bad :
-       {"", "host", "host:", ":7400", "host:70000", "host:74x", "::1:7400", "[zz]:1", "unix:rel"}) {
-    absl::Status status = ParseAddress(bad).status();
-    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << bad;
-    EXPECT_NE(Message(status).find("expected host:port"), std::string::npos) << bad;
-  }
-  EXPECT_FALSE(ParseAddress("unix:/" + std::string(200, 'x')).ok());
-}
-
 TEST(Address, LocalMeansNeverLeavesTheMachine) {
   for (const char* local : {"127.0.0.1:1", "127.8.9.1:1", "[::1]:1", "localhost:1", "unix:/x"}) {
     EXPECT_TRUE(ParseAddress(local)->IsLocal()) << local;
   }
-  for (const char* remote : {"0.0.0.0:1", "10.0.0.1:1", "[::]:1", "example.org:1"}) {
+  for (const char* remote :
+       {"0.0.0.0:1", "10.0.0.1:1", "[::]:1", "example.org:1", "127.example.org:1", ":1"}) {
     EXPECT_FALSE(ParseAddress(remote)->IsLocal()) << remote;
   }
 }
 
-TEST(Address, ProbeTellsAListenerFromALeftoverSocket) {
+TEST(Listen, ProbeTellsAListenerFromALeftoverSocket) {
   TempDir dir;
   std::string path = dir / "s";
   sockaddr_un name{};
