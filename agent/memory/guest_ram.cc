@@ -137,14 +137,22 @@ absl::Status GuestRam::SetLayout(std::vector<GpaRange> layout) {
     if (range.gpa < previous_end) return bad("overlaps the range before it");
     previous_end = range.gpa + range.size;
   }
-  layout_ = std::move(layout);
+  auto shared = std::make_shared<const std::vector<GpaRange>>(std::move(layout));
+  std::lock_guard lock(state_->mutex);
+  state_->layout = std::move(shared);
   return absl::OkStatus();
 }
 
+GuestRam::LayoutPtr GuestRam::Layout() const {
+  std::lock_guard lock(state_->mutex);
+  return state_->layout;
+}
+
 std::optional<GuestRam::Place> GuestRam::Find(uint64_t gpa) const {
-  auto after = std::upper_bound(layout_.begin(), layout_.end(), gpa,
+  LayoutPtr layout = Layout();
+  auto after = std::upper_bound(layout->begin(), layout->end(), gpa,
                                 [](uint64_t value, const GpaRange& range) { return value < range.gpa; });
-  if (after == layout_.begin()) return std::nullopt;
+  if (after == layout->begin()) return std::nullopt;
   const GpaRange& range = *std::prev(after);
   uint64_t in_range = gpa - range.gpa;
   if (in_range >= range.size) return std::nullopt;
@@ -158,7 +166,8 @@ uint8_t* GuestRam::At(uint64_t gpa, uint64_t size) const {
 }
 
 void GuestRam::MergeGpaLog(const uint64_t* words, size_t count, PageSets& out) const {
-  for (const GpaRange& range : layout_) {
+  LayoutPtr layout = Layout();
+  for (const GpaRange& range : *layout) {
     uint64_t first = range.gpa / kPageSize;
     uint64_t end = std::min<uint64_t>((range.gpa + range.size) / kPageSize, uint64_t{count} * 64);
     // Word by word, as nearly all of them are zero.

@@ -5,6 +5,8 @@
 #include <sys/types.h>
 
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -59,15 +61,18 @@ struct GpaRange {
   uint64_t offset = 0;  // in the block's file
 };
 
-// All blocks and the guest physical layout. The layout may be set later (from a vhost-user memory table).
+// All blocks and the guest physical layout. The layout may be set later (from a vhost-user memory table) and
+// changed by any thread while others use it: each call sees one layout, whole.
 class GuestRam {
  public:
-  explicit GuestRam(std::vector<RamBlock> blocks) : blocks_(std::move(blocks)) {}
+  explicit GuestRam(std::vector<RamBlock> blocks)
+      : blocks_(std::move(blocks)), state_(std::make_unique<State>()) {}
   const std::vector<RamBlock>& blocks() const { return blocks_; }
   uint64_t total_bytes() const;
   // Rejects ranges that overlap, are unaligned, overflow or lie outside their block.
   absl::Status SetLayout(std::vector<GpaRange> layout);
-  const std::vector<GpaRange>& layout() const { return layout_; }
+  // Sorted by address.
+  std::vector<GpaRange> layout() const { return *Layout(); }
   // Block and offset of a guest physical address, or nullopt.
   struct Place {
     uint32_t block;
@@ -84,8 +89,14 @@ class GuestRam {
   PageSets MakeSets() const;
 
  private:
+  using LayoutPtr = std::shared_ptr<const std::vector<GpaRange>>;
+  struct State {
+    std::mutex mutex;
+    LayoutPtr layout = std::make_shared<const std::vector<GpaRange>>();  // guarded by mutex
+  };
+  LayoutPtr Layout() const;
   std::vector<RamBlock> blocks_;
-  std::vector<GpaRange> layout_;
+  std::unique_ptr<State> state_;  // on the heap, so that this stays movable
 };
 
 }  // namespace baton::memory
