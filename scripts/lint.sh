@@ -1,0 +1,103 @@
+#!/bin/bash
+# ./dev lint: looks at the sources without running them. With the name of a part, only that part; --fix formats.
+#
+#   format      clang-format on every C++ file
+#   shell       every shell script, by shellcheck
+#   packages    the list of packages is one that Debian can install, and it is complete
+#   prometheus  rules and their tests
+#   tidy        clang-tidy on every C++ file (files that have not changed since they last passed are not looked at again)
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+# shellcheck source=scripts/lib.sh
+. scripts/lib.sh
+mkdir -p build logs
+
+cxx_files() { git ls-files --cached --others --exclude-standard '*.cc' '*.h'; }
+
+shell_files() {
+  git ls-files --cached --others --exclude-standard | while read -r file; do
+    case $file in
+      *.sh) echo "$file" ;;
+      *) if [ -f "$file" ] && head -c 64 "$file" | head -n 1 | grep -aqE '^#!.*\b(ba)?sh\b'; then echo "$file"; fi ;;
+    esac
+  done
+}
+
+format() { cxx_files | xargs clang-format --dry-run --Werror; }
+
+fix() { cxx_files | xargs clang-format -i; }
+
+shell() { shell_files | xargs shellcheck --external-sources; }
+
+# Commands that scripts and tests of this repository start, each with the package that must be listed for it.
+package_list() {
+  local names missing=0 path package
+  names=$(packages)
+  # shellcheck disable=SC2086 # a list of words
+  apt-get -qq install --dry-run --no-install-recommends $names >/dev/null || return 1
+  for command in cmake ninja ccache g++ protoc grpc_cpp_plugin clang++-14 spin clang-format clang-tidy shellcheck \
+    promtool qemu-system-x86_64 qemu-storage-daemon qemu-img busybox cpio modprobe ip openssl unshare ps curl python3; do
+    path=$(command -v "$command") || { echo "$command is not installed"; missing=1; continue; }
+    # The file may be known to dpkg under /bin or under /usr/bin, and may be a link of update-alternatives.
+    package=$( (dpkg-query -S "$path" || dpkg-query -S "$(readlink -f "$path")" || dpkg-query -S "${path#/usr}") 2>/dev/null |
+      head -n 1 | cut -d: -f1)
+    if [ -z "$package" ]; then continue; fi
+    # A listed package, or one that a listed package depends on.
+    if ! grep -qx "$package" <<<"$names" && ! depends_on "$package" "$names"; then
+      echo "$command comes from package $package, which deps/packages.txt neither lists nor implies"
+      missing=1
+    fi
+  done
+  return "$missing"
+}
+
+depends_on() {
+  # shellcheck disable=SC2086
+  apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances \
+    --installed $2 2>/dev/null | grep -qE "^(${1})(:|\$)"
+}
+
+prometheus() {
+  local status=0 file
+  for file in $(git ls-files --cached --others --exclude-standard 'deploy/prometheus/*.rules.yml' 'deploy/prometheus/*.rules.yaml' 'deploy/prometheus/*rules*.yml' | sort -u); do
+    case $file in
+      *test*) promtool test rules "$file" || status=1 ;;
+      *) promtool check rules "$file" || status=1 ;;
+    esac
+  done
+  return "$status"
+}
+
+tidy() {
+  # A tree of its own: clang++, so that the flags are its own, and no precompiled headers, which are GCC's.
+  if [ ! -f build/lint/build.ninja ]; then
+    cmake --preset debug -B build/lint -DCMAKE_CXX_COMPILER=clang++-14 -DCMAKE_C_COMPILER=clang-14 \
+      -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON >build/configure-lint.log || return 1
+  fi
+  cmake --build build/lint --target baton_generated >build/build-lint.log || {
+    tail -n 40 build/build-lint.log
+    return 1
+  }
+  python3 scripts/tidy.py
+}
+
+case ${1-all} in
+  format) format ;;
+  shell) shell ;;
+  packages) package_list ;;
+  prometheus) prometheus ;;
+  tidy) tidy ;;
+  --fix) fix ;;
+  all)
+    status=0
+    for part in format shell package_list prometheus tidy; do
+      say "$part"
+      "$part" || status=1
+    done
+    exit "$status"
+    ;;
+  *)
+    echo "usage: ./dev lint [format|shell|packages|prometheus|tidy|--fix]" >&2
+    exit 2
+    ;;
+esac

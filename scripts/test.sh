@@ -1,0 +1,140 @@
+#!/bin/bash
+# ./dev test: every check and test of the repository, stage by stage. A stage that fails does not stop the others. The
+# last line counts all of it in the words of ctest. See ./dev help for the stages.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+# shellcheck source=scripts/lib.sh
+. scripts/lib.sh
+
+all_stages=(lint build unit asan tsan fuzz e2e demo)
+total=0
+failed=0
+declare -a failures=()
+mkdir -p build logs
+
+# A failure of one check counts as one test.
+count() {
+  local name=$1 ok=$2
+  total=$((total + 1))
+  if [ "$ok" != 0 ]; then
+    failed=$((failed + 1))
+    failures+=("$name")
+  fi
+}
+
+# check NAME COMMAND...: one check, its output shown only when it fails.
+check() {
+  local name=$1 start=$SECONDS log status=0
+  shift
+  log=logs/test-${name//[^a-z0-9]/-}.log
+  "$@" >"$log" 2>&1 || status=$?
+  count "$name" "$status"
+  if [ "$status" = 0 ]; then
+    say "$name: passed ($((SECONDS - start)) s)"
+  else
+    tail -n 80 "$log" >&2
+    say "$name: FAILED ($((SECONDS - start)) s), all of it in $log"
+  fi
+  return "$status"
+}
+
+# tests PRESET [CTEST ARGUMENT...]: runs ctest and adds its counts. No tests at all is a failure.
+tests() {
+  local preset=$1 start=$SECONDS log summary bad all
+  shift
+  log=logs/test-$preset-$(echo "$*" | tr -c 'a-z0-9\n' -).log
+  ctest --test-dir "build/$preset" --no-tests=error --output-on-failure "$@" 2>&1 | tee "$log"
+  summary=$(grep -E '^[0-9]+% tests passed, [0-9]+ tests failed out of [0-9]+' "$log" | tail -n 1)
+  if [ -z "$summary" ]; then
+    count "ctest $preset $*" 1
+    return
+  fi
+  bad=$(sed -E 's/.*passed, ([0-9]+) tests failed.*/\1/' <<<"$summary")
+  all=$(sed -E 's/.*out of ([0-9]+).*/\1/' <<<"$summary")
+  total=$((total + all))
+  failed=$((failed + bad))
+  if [ "$bad" != 0 ]; then
+    while read -r name; do failures+=("$preset: $name"); done < <(
+      sed -n '/^The following tests FAILED:/,/^Errors while/p' "$log" | sed -nE 's/^\s*[0-9]+ - (.*)/\1/p')
+  fi
+  # A test that did not run is not a test that passed.
+  if grep -qE '\*\*\*(Skipped|Not Run)' "$log"; then
+    count "nothing skipped in $preset $*" 1
+  fi
+  say "ctest $preset $*: $((SECONDS - start)) s"
+}
+
+stage_lint() {
+  local part
+  for part in format shell packages prometheus tidy; do check "lint $part" scripts/lint.sh "$part"; done
+}
+
+stage_build() {
+  check "build debug" build debug
+  check "build release" build release
+}
+
+stage_unit() {
+  build debug || { count "build debug" 1; return; }
+  tests debug -L 'unit|model' -j2
+  build release || { count "build release" 1; return; }
+  tests release -L integration -j2
+}
+
+stage_asan() {
+  check "build asan" build asan && tests asan -L 'unit|integration' -j2
+}
+
+stage_tsan() {
+  check "build tsan" build tsan && tests tsan -L 'unit|integration' -LE no-tsan -j2
+}
+
+stage_fuzz() {
+  check "build fuzz" build fuzz && tests fuzz -L fuzz -j2
+}
+
+stage_e2e() {
+  build release || { count "build release" 1; return; }
+  tests release -L e2e
+}
+
+stage_demo() { check "demo" ./dev demo --plain; }
+
+stage_quick() {
+  check "lint format" scripts/lint.sh format
+  check "build debug" build debug && tests debug -L unit -j2
+}
+
+finish() {
+  local percent=0
+  [ "$total" = 0 ] || percent=$(((total - failed) * 100 / total))
+  # ctest rounds, and never to 100 while something failed.
+  if [ "$failed" != 0 ]; then
+    echo
+    echo "The following tests FAILED:"
+    printf '  %s\n' "${failures[@]}"
+  fi
+  echo
+  echo "$percent% tests passed, $failed tests failed out of $total"
+  [ "$failed" = 0 ] && [ "$total" != 0 ]
+}
+
+stages=("$@")
+case ${1-} in
+  --quick) stages=(quick) ;;
+  '') stages=("${all_stages[@]}") ;;
+esac
+for stage in "${stages[@]}"; do
+  if ! declare -F "stage_$stage" >/dev/null; then
+    echo "./dev test: no stage '$stage'; there are: ${all_stages[*]}" >&2
+    exit 2
+  fi
+done
+install_packages build tests checks peers || exit 1
+for stage in "${stages[@]}"; do
+  say "stage $stage"
+  start=$SECONDS
+  "stage_$stage"
+  say "stage $stage took $((SECONDS - start)) s"
+done
+finish

@@ -1,0 +1,86 @@
+"""clang-tidy over the C++ files of the build in build/lint, two at a time. A file that passed is not looked at again
+until it, something it includes, or .clang-tidy changes: the files it read are remembered with their checksums."""
+import concurrent.futures
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+BUILD = "build/lint"
+STATE = BUILD + "/passed.json"
+
+
+def checksum(path, known={}):
+    if path not in known:
+        try:
+            with open(path, "rb") as file:
+                known[path] = hashlib.sha256(file.read()).hexdigest()
+        except OSError:
+            known[path] = "missing"
+    return known[path]
+
+
+def includes(entry):
+    """Files of the repository that a translation unit reads, generated ones too."""
+    command = shlex.split(entry["command"])
+    while command and not os.path.basename(command[0]).startswith("clang"):
+        command.pop(0)
+    keep = []
+    skip = False
+    for word in command:
+        if skip:
+            skip = False
+        elif word in ("-o", "-c"):
+            skip = word == "-o"
+        else:
+            keep.append(word)
+    out = subprocess.run(keep + ["-MM", "-w"], capture_output=True, text=True, cwd=entry["directory"])
+    words = out.stdout.replace("\\\n", " ").split()[1:]
+    return sorted({os.path.normpath(os.path.join(entry["directory"], word)) for word in words})
+
+
+def passed_before(name, state):
+    before = state.get(name)
+    return bool(before) and all(checksum(path) == digest for path, digest in before.items())
+
+
+def look(entry):
+    result = subprocess.run(["clang-tidy", "--quiet", "-p", BUILD, entry["file"]], capture_output=True, text=True)
+    if result.returncode != 0:
+        return entry["file"], None, result.stdout + result.stderr
+    read = {path: checksum(path) for path in includes(entry) + [os.path.abspath(".clang-tidy")]}
+    return entry["file"], read, ""
+
+
+def main():
+    root = os.getcwd() + "/"
+    with open(BUILD + "/compile_commands.json") as file:
+        entries = {entry["file"]: entry for entry in json.load(file)}
+    entries = {name: entry for name, entry in entries.items()
+               if name.startswith(root) and not name.startswith(root + "build/")}
+    try:
+        with open(STATE) as file:
+            state = json.load(file)
+    except (OSError, ValueError):
+        state = {}
+    todo = [entry for name, entry in sorted(entries.items()) if not passed_before(name, state)]
+    print(f"clang-tidy: {len(todo)} of {len(entries)} files", flush=True)
+    bad = 0
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, read, output in pool.map(look, todo):
+            if read is None:
+                bad += 1
+                print(output, flush=True)
+            else:
+                state[name] = read
+    with open(STATE, "w") as file:
+        json.dump({name: read for name, read in state.items() if name in entries}, file)
+    if bad:
+        print(f"clang-tidy: {bad} files with findings")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
