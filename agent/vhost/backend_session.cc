@@ -1,0 +1,575 @@
+// The mediator's side towards the back-end: connecting, building the device from the record, losing it and
+// coming back, starting and stopping rings.
+#include <poll.h>
+#include <sys/inotify.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <filesystem>
+
+#include "agent/vhost/mediator_impl.h"
+#include "agent/virtio/features.h"
+#include "agent/virtio/inflight.h"
+#include "common/log.h"
+
+namespace baton::vhost {
+namespace {
+
+constexpr Duration kFirstRetry = std::chrono::milliseconds(10);
+constexpr Duration kLastRetry = std::chrono::seconds(2);
+// How often used->idx is looked at while a ring drains; there is no event for it, since GET_VRING_BASE made
+// the back-end close the call descriptor.
+constexpr auto kDrainPoll = std::chrono::microseconds(100);
+
+// What we always want of a back-end that has it. STATUS is left to the VMM: a back-end that negotiated it may
+// wait for DRIVER_OK.
+constexpr uint64_t kWanted = pf::kMq | pf::kLogShmfd | pf::kRarp | pf::kReplyAck | pf::kNetMtu |
+                             pf::kBackendReq | pf::kConfig | pf::kInflightShmfd | pf::kResetDevice |
+                             pf::kConfigureMemSlots;
+
+// A notification that no one may have lost: spurious ones are allowed by the virtio specification.
+void Inject(const Notifier& notifier) {
+  if (!notifier.fd) return;
+  pollfd p{notifier.fd.get(), POLLOUT, 0};
+  uint64_t one = 1;
+  if (::poll(&p, 1, 0) == 1 && (p.revents & POLLOUT) && ::write(p.fd, &one, sizeof one) < 0) {
+    LOG_DEBUG("a notification could not be written: {}", errno);
+  }
+}
+
+}  // namespace
+
+uint32_t Mediator::Impl::ConfigSize() const {
+  // The part of struct virtio_blk_config up to write_zeroes and of struct virtio_net_config up to mtu: every
+  // back-end has them, and some refuse to read beyond what they know.
+  if (options_.spec.class_() == v1::BLK) return 60;
+  if (options_.spec.class_() == v1::NET) return 12;
+  return 0;
+}
+
+absl::Status Mediator::Impl::Dial() {
+  link_ = Link();
+  ASSIGN_OR_RETURN(Connection connection,
+                   Connection::Dial(options_.backend.socket(), Deadline::After(Duration(0))));
+  link_.identity = connection.PeerIdentity();
+  link_.frontend = std::make_unique<Frontend>(std::move(connection));
+  link_.frontend->set_on_config_change([this] { config_changed_ = true; });
+  RETURN_IF_ERROR(link_.frontend->SendGetFeatures(RequestDeadline()));
+  link_.state = LinkState::kHello;
+  link_.hello_until = Clock::now() + options_.request_timeout;
+  return absl::OkStatus();
+}
+
+void Mediator::Impl::TryConnect() {
+  absl::Status dialled = Dial();
+  if (dialled.ok()) return;
+  link_ = Link();
+  ScheduleRetry(/*fresh=*/false);
+}
+
+void Mediator::Impl::ScheduleRetry(bool fresh) {
+  if (fresh || backoff_ == Duration{}) {
+    backoff_ = kFirstRetry;
+    std::string directory = std::filesystem::path(options_.backend.socket()).parent_path();
+    if (inotify_ && ::inotify_add_watch(inotify_.get(), directory.empty() ? "." : directory.c_str(),
+                                        IN_CREATE | IN_MOVED_TO | IN_ATTRIB) < 0) {
+      LOG_DEBUG("device {}: {} cannot be watched: {}", name(), directory, errno);
+    }
+  } else {
+    backoff_ = std::min(2 * backoff_, kLastRetry);
+  }
+  retry_at_ = Clock::now() + backoff_;
+}
+
+void Mediator::Impl::LoseBackend(const absl::Status& why) {
+  if (link_.state == LinkState::kDown && !link_.frontend && !message_.empty()) {
+    ScheduleRetry(false);
+    return;
+  }
+  const bool first =
+      link_.state == LinkState::kReady || link_.state == LinkState::kStopping || message_.empty();
+  for (auto& [index, applied] : link_.vrings) {
+    if (applied.running) record_.vrings[index].lost = true;
+  }
+  if (link_.state == LinkState::kReady || link_.state == LinkState::kStopping) {
+    lost_identity_ = link_.identity;
+    rebuild_counts_ |= record_.any_started();
+    if (logging_) {
+      // It may have written to memory without coming to the bit of that page.
+      std::lock_guard lock(log_mutex_);
+      log_incomplete_ = true;
+    }
+  }
+  link_ = Link();
+  std::string text = fmt::format("back-end {} lost: {}", options_.backend.socket(), Message(why));
+  if (first || text != message_) LOG_WARN("device {}: {}; reconnecting", name(), text);
+  message_ = text;
+  ScheduleRetry(first);
+}
+
+void Mediator::Impl::Hold(const absl::Status& why) {
+  link_.state = LinkState::kHeld;
+  message_ = fmt::format("held: {}", Message(why));
+  LOG_ERROR("device {}: back-end {} is back, but the device stays stopped: {}", name(),
+            options_.backend.socket(), Message(why));
+}
+
+void Mediator::Impl::FinishHello() {
+  auto features = link_.frontend->FinishGetFeatures(RequestDeadline());
+  absl::Status status = features.ok() ? Negotiate(*features) : features.status();
+  if (status.ok()) {
+    link_.state = LinkState::kReady;
+    status = Build();
+  }
+  if (absl::IsFailedPrecondition(status)) {
+    Hold(status);
+    return;
+  }
+  if (!status.ok()) {
+    LoseBackend(status);
+    return;
+  }
+  if (!listen_) {
+    if (absl::Status listening = Listen(); !listening.ok()) {
+      message_ = Message(listening);
+      LOG_ERROR("device {}: {}", name(), message_);
+      return;
+    }
+  }
+  if (rebuild_counts_) {
+    ++reconnects_;
+    LOG_INFO("device {}: back-end {} reconnected, the device goes on", name(), options_.backend.socket());
+  }
+  rebuild_counts_ = false;
+  lost_identity_.clear();
+  message_.clear();
+  backoff_ = {};
+}
+
+absl::Status Mediator::Impl::Negotiate(uint64_t features) {
+  Frontend& fe = *link_.frontend;
+  const Deadline deadline = RequestDeadline();
+  Offer offer;
+  offer.features = features;
+  if (features & virtio::kVhostUserFProtocolFeatures) {
+    ASSIGN_OR_RETURN(offer.protocol_features, fe.GetU64(Request::kGetProtocolFeatures, deadline));
+  }
+  if (record_.features) {
+    uint64_t missing = *record_.features & ~virtio::kVhostOnly & ~features;
+    if (missing) {
+      return Error(absl::StatusCode::kFailedPrecondition,
+                   "it does not offer {} any more, which the guest uses",
+                   virtio::FeatureNames(missing, options_.spec.class_()));
+    }
+  }
+  if (uint64_t missing = record_.protocol_features & ~pf::kReplyAck & ~offer.protocol_features; missing) {
+    return Error(absl::StatusCode::kFailedPrecondition, "it does not offer {} any more, which the VMM uses",
+                 virtio::ProtocolFeatureNames(missing));
+  }
+  offer_.features = offer.features;
+  offer_.protocol_features = offer.protocol_features;
+  if (offer.protocol_features) RETURN_IF_ERROR(fe.SetProtocolFeatures(EffectiveProtocolFeatures(), deadline));
+  if (offer.protocol_features & pf::kMq) {
+    ASSIGN_OR_RETURN(offer.queues, fe.GetU64(Request::kGetQueueNum, deadline));
+    if (offer.queues == 0 || offer.queues > kMaxVrings) {
+      return Error(absl::StatusCode::kInvalidArgument, "GET_QUEUE_NUM: {} queues", offer.queues);
+    }
+  }
+  if (offer.protocol_features & pf::kConfigureMemSlots) {
+    ASSIGN_OR_RETURN(offer.memory_slots, fe.GetU64(Request::kGetMaxMemSlots, deadline));
+    if (offer.memory_slots == 0) return absl::InvalidArgumentError("GET_MAX_MEM_SLOTS: none");
+  }
+  if (offer.protocol_features & pf::kBackendReq) RETURN_IF_ERROR(fe.OpenChannel(deadline));
+  RETURN_IF_ERROR(fe.Set(Request::kSetOwner, {}, {}, deadline));
+  offer_ = offer;
+  offer_known_ = true;
+  RefreshConfig();
+  // RefreshConfig loses the link when the back-end goes away meanwhile.
+  return link_.frontend ? absl::OkStatus() : absl::UnavailableError("the back-end hung up");
+}
+
+void Mediator::Impl::RefreshConfig() {
+  const uint32_t size = std::max<uint32_t>(ConfigSize(), static_cast<uint32_t>(config_.size()));
+  if (!(offer_.protocol_features & pf::kConfig) || size == 0) return;
+  auto config = link_.frontend->GetConfig(0, size, RequestDeadline());
+  if (config.ok()) {
+    config_ = std::move(*config);
+  } else if (!absl::IsFailedPrecondition(config.status())) {
+    LoseBackend(config.status());
+  }
+}
+
+uint64_t Mediator::Impl::EffectiveFeatures() const {
+  uint64_t features = record_.features.value_or(0);
+  if (logging_) features |= virtio::kVhostFLogAll;
+  return features;
+}
+
+uint64_t Mediator::Impl::EffectiveProtocolFeatures() const {
+  uint64_t features = offer_.protocol_features & kWanted;
+  features |= record_.protocol_features & offer_.protocol_features & pf::kStatus;
+  // A region of our own is laid out for split rings; with packed rings only the VMM's is used.
+  if (record_.packed() && !(record_.protocol_features & pf::kInflightShmfd)) features &= ~pf::kInflightShmfd;
+  return features;
+}
+
+absl::Status Mediator::Impl::SendFeatures() {
+  const uint64_t features = EffectiveFeatures();
+  if (link_.features_sent == features) return absl::OkStatus();
+  RETURN_IF_ERROR(link_.frontend->SetU64(Request::kSetFeatures, features, RequestDeadline(), /*fence=*/true));
+  link_.features_sent = features;
+  return absl::OkStatus();
+}
+
+absl::Status Mediator::Impl::SendMemory() {
+  link_.memory_sent = true;
+  const auto& regions = record_.memory.regions();
+  if (regions.size() <= kMaxTableRegions) {
+    MemTableHeader header{static_cast<uint32_t>(regions.size()), 0};
+    std::vector<uint8_t> payload(sizeof header + regions.size() * sizeof(MemRegion));
+    std::memcpy(payload.data(), &header, sizeof header);
+    std::vector<int> fds;
+    for (size_t i = 0; i < regions.size(); ++i) {
+      std::memcpy(payload.data() + sizeof header + i * sizeof(MemRegion), &regions[i].wire,
+                  sizeof(MemRegion));
+      fds.push_back(regions[i].fd.get());
+    }
+    return link_.frontend->Set(Request::kSetMemTable, payload, fds, RequestDeadline(), /*fence=*/true);
+  }
+  if (!(offer_.protocol_features & pf::kConfigureMemSlots)) {
+    return absl::FailedPreconditionError(
+        "more memory regions than a back-end without CONFIGURE_MEM_SLOTS can hold");
+  }
+  for (const auto& region : regions) {
+    MemReg payload{0, region.wire};
+    int fd = region.fd.get();
+    RETURN_IF_ERROR(
+        link_.frontend->Set(Request::kAddMemReg, Bytes(payload), {&fd, 1}, RequestDeadline(), true));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Mediator::Impl::SendVringAddr(uint32_t index) {
+  VringAddr addr = *record_.vrings[index].addr;
+  addr.index = index;
+  if (logging_) {
+    addr.flags = kVringFLog;
+    // Split: the used ring. Packed: DPDK logs used descriptors at this address plus 16 bytes each, so it must
+    // be that of the descriptor ring.
+    if (record_.packed()) {
+      ASSIGN_OR_RETURN(virtio::PackedRing ring, record_.Packed(index));
+      addr.log_guest_addr = ring.desc;
+    } else {
+      ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
+      addr.log_guest_addr = ring.used;
+    }
+  }
+  return link_.frontend->Set(Request::kSetVringAddr, Bytes(addr), {}, RequestDeadline(), logging_);
+}
+
+absl::Status Mediator::Impl::SendNotifier(Request request, uint32_t index, const Notifier& notifier) {
+  uint64_t value = index | (notifier.fd ? 0 : kVringNoFd);
+  int fd = notifier.fd.get();
+  return link_.frontend->Set(request, Bytes(value),
+                             notifier.fd ? std::span<const int>(&fd, 1) : std::span<const int>(),
+                             RequestDeadline());
+}
+
+absl::Status Mediator::Impl::Forward(const absl::Status& status, absl::Status* refused) {
+  if (status.ok()) return absl::OkStatus();
+  if (absl::IsFailedPrecondition(status)) {
+    *refused = status;
+  } else if (link_.frontend) {
+    LoseBackend(status);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Mediator::Impl::EnsureInflight() {
+  if (!(link_.frontend->protocol_features() & pf::kInflightShmfd) || link_.inflight_sent)
+    return absl::OkStatus();
+  InflightRegion& region = record_.inflight;
+  if (!region.fd) {
+    // A VMM that speaks INFLIGHT_SHMFD brings its own; one that negotiated it and sent none gets none.
+    uint32_t size = std::max<uint32_t>(options_.spec.queue_size(), 256);
+    for (const auto& [index, vring] : record_.vrings) size = std::max(size, vring.num);
+    uint32_t queues = static_cast<uint32_t>(offer_.queues);
+    for (const auto& [index, vring] : record_.vrings) queues = std::max(queues, index + 1);
+    ASSIGN_OR_RETURN(auto fresh, link_.frontend->GetInflight(static_cast<uint16_t>(queues),
+                                                             static_cast<uint16_t>(size), RequestDeadline()));
+    InflightDescription description = fresh.first;
+    description.num_queues = static_cast<uint16_t>(queues);
+    description.queue_size = static_cast<uint16_t>(size);
+    struct stat st;
+    if (::fstat(fresh.second.get(), &st) != 0 || description.mmap_size > (uint64_t{1} << 30) ||
+        static_cast<uint64_t>(st.st_size) < description.mmap_offset + description.mmap_size) {
+      return Error(absl::StatusCode::kInvalidArgument,
+                   "GET_INFLIGHT_FD: {} bytes at offset {} do not fit into the file", description.mmap_size,
+                   description.mmap_offset);
+    }
+    RETURN_IF_ERROR(
+        virtio::InferSplitStride(description.mmap_size, description.num_queues, description.queue_size)
+            .status());
+    region = {description, std::move(fresh.second), false};
+  }
+  // DPDK moves on to a queue's part only for queues it has heard of: SET_VRING_NUM of all of them comes
+  // first.
+  for (uint32_t i = 0; i < region.description.num_queues; ++i) {
+    auto it = record_.vrings.find(i);
+    VringState num{
+        i, it != record_.vrings.end() && it->second.num ? it->second.num : region.description.queue_size};
+    RETURN_IF_ERROR(link_.frontend->Set(Request::kSetVringNum, Bytes(num), {}, RequestDeadline()));
+  }
+  int fd = region.fd.get();
+  RETURN_IF_ERROR(link_.frontend->Set(Request::kSetInflightFd, Bytes(region.description), {&fd, 1},
+                                      RequestDeadline(), true));
+  link_.inflight_sent = true;
+  return absl::OkStatus();
+}
+
+absl::Status Mediator::Impl::InitInflightPart(uint32_t index, uint16_t used_idx) {
+  const InflightDescription& d = record_.inflight.description;
+  ASSIGN_OR_RETURN(uint64_t stride, virtio::InferSplitStride(d.mmap_size, d.num_queues, d.queue_size));
+  if (index >= d.num_queues) {
+    return Error(absl::StatusCode::kInvalidArgument,
+                 "ring {} has no place in the in-flight region of {} queues", index, d.num_queues);
+  }
+  std::vector<uint8_t> part(stride);
+  RETURN_IF_ERROR(virtio::InitInflightSplit(part, d.queue_size, used_idx));
+  ssize_t n = ::pwrite(record_.inflight.fd.get(), part.data(), part.size(),
+                       static_cast<off_t>(d.mmap_offset + stride * index));
+  if (n != static_cast<ssize_t>(part.size())) return ErrnoError(errno, "writing the in-flight region");
+  return absl::OkStatus();
+}
+
+absl::Status Mediator::Impl::CheckInflightPart(uint32_t index, uint16_t used_idx) {
+  const InflightDescription& d = record_.inflight.description;
+  ASSIGN_OR_RETURN(uint64_t stride, virtio::InferSplitStride(d.mmap_size, d.num_queues, d.queue_size));
+  if (index >= d.num_queues) {
+    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+                 "ring {} is not in the in-flight region", index);
+  }
+  std::vector<uint8_t> part(stride);
+  ssize_t n = ::pread(record_.inflight.fd.get(), part.data(), part.size(),
+                      static_cast<off_t>(d.mmap_offset + stride * index));
+  if (n != static_cast<ssize_t>(part.size())) return ErrnoError(errno, "reading the in-flight region");
+  ASSIGN_OR_RETURN(
+      auto set, virtio::ReadInflightSplit(part, static_cast<uint16_t>(record_.vrings[index].num), used_idx));
+  LOG_INFO("device {}: ring {}: {} requests in flight will be submitted again", name(), index,
+           set.heads.size());
+  return absl::OkStatus();
+}
+
+absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
+  VringRecord& vring = record_.vrings[index];
+  const AppliedVring& applied = link_.vrings[index];
+  const uint32_t asked = vring.base.value_or(record_.packed() ? virtio::kPackedBaseAfterReset : 0);
+  // The VMM gives back what it was told; the back-end goes on from what it really said.
+  if (applied.base && vring.told == asked && !vring.lost) return *applied.base;
+  if (record_.packed()) {
+    if (!vring.lost) return asked;
+    if (link_.inflight_sent) return asked;
+    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+                 "ring {} is packed and has no in-flight region: where the back-end was cannot be told",
+                 index);
+  }
+  ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
+  ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(record_.memory, ring));
+  if (link_.inflight_sent) {
+    // Back-ends add what is in flight to used->idx by themselves (libvhost-user ignores the base, DPDK adds
+    // to it).
+    if (vring.lost || record_.inflight.from_vmm) {
+      RETURN_IF_ERROR(CheckInflightPart(index, indices.used));
+    } else {
+      RETURN_IF_ERROR(InitInflightPart(index, indices.used));
+    }
+    return indices.used;
+  }
+  if (quirks_.drains_on_disconnect) {
+    // It answered this connection, so whatever an earlier connection had in flight is complete, provided that
+    // it is the same process.
+    if (!vring.lost) return indices.used;
+    if (!lost_identity_.empty() && lost_identity_ == link_.identity) return indices.used;
+  }
+  if (!vring.lost) return asked;
+  auto recovered = virtio::RecoverSplit(record_.memory, ring, AllowOrderedRecovery(options_.backend));
+  if (!recovered.ok()) {
+    return WithReason(
+        absl::FailedPreconditionError(fmt::format("ring {}: {}", index, Message(recovered.status()))),
+        v1::INFLIGHT_UNKNOWN);
+  }
+  LOG_INFO("device {}: ring {} goes on at {} ({} requests outstanding, {})", name(), index, recovered->base,
+           recovered->outstanding, recovered->exact ? "exact" : "by the order of completions");
+  return recovered->base;
+}
+
+absl::Status Mediator::Impl::StartVring(uint32_t index, bool inject) {
+  VringRecord& vring = record_.vrings[index];
+  Frontend& fe = *link_.frontend;
+  RETURN_IF_ERROR(EnsureInflight());
+  ASSIGN_OR_RETURN(uint32_t base, ResolveBase(index));
+  CompareWithExpected(index, base);
+  VringState num{index, vring.num}, start{index, base};
+  RETURN_IF_ERROR(fe.Set(Request::kSetVringNum, Bytes(num), {}, RequestDeadline()));
+  RETURN_IF_ERROR(fe.Set(Request::kSetVringBase, Bytes(start), {}, RequestDeadline()));
+  RETURN_IF_ERROR(SendVringAddr(index));
+  if (vring.call.set) RETURN_IF_ERROR(SendNotifier(Request::kSetVringCall, index, vring.call));
+  if (vring.err.set) RETURN_IF_ERROR(SendNotifier(Request::kSetVringErr, index, vring.err));
+  RETURN_IF_ERROR(SendNotifier(Request::kSetVringKick, index, vring.kick));
+  AppliedVring& applied = link_.vrings[index];
+  applied = AppliedVring{.running = true, .call_stale = false, .base = std::nullopt};
+  vring.lost = false;
+  if (inject) {
+    Inject(vring.kick);
+    Inject(vring.call);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Mediator::Impl::Build() {
+  if (!record_.features) return absl::OkStatus();  // the VMM has not got that far
+  Frontend& fe = *link_.frontend;
+  RETURN_IF_ERROR(SendFeatures());
+  if (record_.mtu) RETURN_IF_ERROR(fe.SetU64(Request::kNetSetMtu, *record_.mtu, RequestDeadline()));
+  for (const ConfigWrite& write : record_.config_writes) {
+    ConfigHeader header{write.offset, static_cast<uint32_t>(write.data.size()), write.flags};
+    std::vector<uint8_t> payload(sizeof header + write.data.size());
+    std::memcpy(payload.data(), &header, sizeof header);
+    std::copy(write.data.begin(), write.data.end(), payload.begin() + sizeof header);
+    RETURN_IF_ERROR(fe.Set(Request::kSetConfig, payload, {}, RequestDeadline()));
+  }
+  if (!record_.memory.empty()) {
+    RETURN_IF_ERROR(SendMemory());
+    if (logging_) RETURN_IF_ERROR(EnsureLog());
+  }
+  for (const auto& [index, vring] : record_.vrings) {
+    if (vring.started) RETURN_IF_ERROR(StartVring(index, /*inject=*/true));
+  }
+  for (const auto& [index, vring] : record_.vrings) {
+    if (!vring.enabled) continue;
+    VringState state{index, *vring.enabled ? 1u : 0u};
+    RETURN_IF_ERROR(fe.Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline()));
+    link_.enabled[index] = *vring.enabled;
+  }
+  if (record_.status && (fe.protocol_features() & pf::kStatus)) {
+    RETURN_IF_ERROR(fe.SetU64(Request::kSetStatus, *record_.status, RequestDeadline()));
+  }
+  return absl::OkStatus();
+}
+
+uint32_t Mediator::Impl::UsedIndex(uint32_t index) const {
+  const VringRecord& vring = record_.vrings.at(index);
+  const uint32_t fallback = vring.told.value_or(vring.base.value_or(0));
+  if (record_.packed()) return fallback;
+  auto ring = record_.Split(index);
+  if (!ring.ok()) return fallback;
+  auto indices = virtio::ReadSplitIndices(record_.memory, *ring);
+  return indices.ok() ? indices->used : fallback;
+}
+
+uint32_t Mediator::Impl::StopVring(uint32_t index, Deadline deadline) {
+  AppliedVring& applied = link_.vrings[index];
+  if (!Ready() || !applied.running) return UsedIndex(index);
+  Frontend& fe = *link_.frontend;
+  absl::Status sent = fe.SendGetVringBase(index, RequestDeadline());
+  auto base = sent.ok() ? fe.FinishGetVringBase(index, deadline) : absl::StatusOr<uint32_t>(sent);
+  if (!base.ok()) {
+    if (!absl::IsDeadlineExceeded(base.status()) || !sent.ok()) {
+      LoseBackend(base.status());
+      return UsedIndex(index);
+    }
+    // Slow storage or a stopped process. The answer is awaited without holding up the VMM.
+    link_.state = LinkState::kStopping;
+    link_.stopping = index;
+    message_ = fmt::format("back-end {} does not answer GET_VRING_BASE of ring {}; waiting for it",
+                           options_.backend.socket(), index);
+    LOG_WARN("device {}: {}", name(), message_);
+    return UsedIndex(index);
+  }
+  applied.running = false;
+  applied.base = *base;
+  if (!record_.packed()) {
+    // Back-ends that answer at once complete the rest in the background.
+    while (UsedIndex(index) != *base && !deadline.Expired()) {
+      pollfd p[2] = {{fe.fd(), POLLIN, 0}, {fe.channel_fd(), POLLIN, 0}};
+      timespec wait{0, std::chrono::nanoseconds(kDrainPoll).count()};
+      if (::ppoll(p, 2, &wait, nullptr) <= 0) continue;
+      if (p[1].revents) fe.ServeChannel();
+      if (p[0].revents) {
+        applied.running = true;  // it may have taken requests with it
+        LoseBackend(absl::UnavailableError("the back-end hung up while a ring drained"));
+        return UsedIndex(index);
+      }
+    }
+    if (UsedIndex(index) != *base) {
+      LOG_WARN("device {}: ring {} still has {} requests in flight at the bound of its stop", name(), index,
+               static_cast<uint16_t>(*base - UsedIndex(index)));
+    }
+  }
+  MarkRingDirty(index);
+  return *base;
+}
+
+void Mediator::Impl::FinishOverdueStop() {
+  auto base = link_.frontend->FinishGetVringBase(link_.stopping, RequestDeadline());
+  if (!base.ok()) {
+    LoseBackend(base.status());
+    return;
+  }
+  AppliedVring& applied = link_.vrings[link_.stopping];
+  applied.running = false;
+  applied.base = *base;
+  MarkRingDirty(link_.stopping);
+  LOG_INFO("device {}: the back-end answered GET_VRING_BASE of ring {}", name(), link_.stopping);
+  Reconcile();
+}
+
+void Mediator::Impl::Reconcile() {
+  Frontend& fe = *link_.frontend;
+  // Rings that the VMM stopped meanwhile are stopped now, one overdue answer after the other.
+  for (auto& [index, applied] : link_.vrings) {
+    if (!applied.running || record_.vrings[index].started) continue;
+    absl::Status sent = fe.SendGetVringBase(index, RequestDeadline());
+    if (!sent.ok()) {
+      LoseBackend(sent);
+      return;
+    }
+    link_.state = LinkState::kStopping;
+    link_.stopping = index;
+    return;
+  }
+  link_.state = LinkState::kReady;
+  message_.clear();
+  auto apply = [&]() -> absl::Status {
+    if (record_.features) RETURN_IF_ERROR(SendFeatures());
+    if (std::exchange(link_.memory_stale, false)) RETURN_IF_ERROR(SendMemory());
+    for (auto& [index, vring] : record_.vrings) {
+      AppliedVring& applied = link_.vrings[index];
+      if (vring.started && !applied.running) {
+        RETURN_IF_ERROR(StartVring(index, /*inject=*/true));
+      } else if (vring.started && std::exchange(applied.call_stale, false)) {
+        RETURN_IF_ERROR(SendNotifier(Request::kSetVringCall, index, vring.call));
+        Inject(vring.call);
+      }
+    }
+    for (auto& [index, vring] : record_.vrings) {
+      if (!vring.enabled || link_.enabled[index] == *vring.enabled) continue;
+      VringState state{index, *vring.enabled ? 1u : 0u};
+      RETURN_IF_ERROR(fe.Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline()));
+      link_.enabled[index] = *vring.enabled;
+    }
+    if (record_.status && (fe.protocol_features() & pf::kStatus)) {
+      RETURN_IF_ERROR(fe.SetU64(Request::kSetStatus, *record_.status, RequestDeadline()));
+    }
+    return absl::OkStatus();
+  };
+  absl::Status applied = apply();
+  if (absl::IsFailedPrecondition(applied)) {
+    Hold(applied);
+  } else if (!applied.ok()) {
+    LoseBackend(applied);
+  }
+}
+
+}  // namespace baton::vhost

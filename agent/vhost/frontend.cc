@@ -1,0 +1,170 @@
+#include "agent/vhost/frontend.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/socket.h>
+
+#include <cerrno>
+
+#include "common/log.h"
+
+namespace baton::vhost {
+namespace {
+
+// A message of the back-end's channel arrives whole; one that stops half-way must not stop us.
+constexpr auto kChannelMessageTime = std::chrono::milliseconds(500);
+
+}  // namespace
+
+absl::Status Frontend::Send(Request request, uint32_t flags, std::span<const uint8_t> payload,
+                            std::span<const int> fds, Deadline deadline) {
+  return connection_.Send(static_cast<uint32_t>(request), kVersion | flags, payload, fds, deadline);
+}
+
+absl::StatusOr<WireMessage> Frontend::Await(Request request, uint32_t sent_size, Deadline deadline) {
+  const std::string name = RequestName(static_cast<uint32_t>(request));
+  for (;;) {
+    pollfd p[2] = {{connection_.fd(), POLLIN, 0}, {channel_.fd(), POLLIN, 0}};
+    Duration left = deadline.Left();
+    timespec ts{static_cast<time_t>(left.count() / 1000000000), static_cast<long>(left.count() % 1000000000)};
+    int n = ::ppoll(p, channel_.valid() ? 2 : 1, &ts, nullptr);
+    if (n < 0 && errno != EINTR) return ErrnoError(errno, "poll");
+    if (n == 0) {
+      return Error(absl::StatusCode::kDeadlineExceeded, "the back-end does not answer {}", name);
+    }
+    if (n > 0 && channel_.valid() && p[1].revents) ServeChannel();
+    if (n > 0 && p[0].revents) break;
+  }
+  auto reply = connection_.Receive(/*reply=*/true, deadline);
+  if (!reply.ok()) {
+    if (absl::IsUnavailable(reply.status())) {
+      return Error(absl::StatusCode::kUnavailable, "the back-end hung up instead of answering {}", name);
+    }
+    return Annotate(reply.status(), "reply to " + name);
+  }
+  RETURN_IF_ERROR(ValidateReply(request, *reply, sent_size));
+  return reply;
+}
+
+absl::StatusOr<WireMessage> Frontend::Call(Request request, std::span<const uint8_t> payload,
+                                           std::span<const int> fds, Deadline deadline) {
+  RETURN_IF_ERROR(Send(request, 0, payload, fds, deadline));
+  return Await(request, static_cast<uint32_t>(payload.size()), deadline);
+}
+
+absl::StatusOr<uint64_t> Frontend::GetU64(Request request, Deadline deadline) {
+  ASSIGN_OR_RETURN(WireMessage reply, Call(request, {}, {}, deadline));
+  return reply.As<uint64_t>();
+}
+
+absl::Status Frontend::SendGetVringBase(uint32_t index, Deadline deadline) {
+  VringState state{index, 0};
+  return Send(Request::kGetVringBase, 0, Bytes(state), {}, deadline);
+}
+
+absl::StatusOr<uint32_t> Frontend::FinishGetVringBase(uint32_t index, Deadline deadline) {
+  ASSIGN_OR_RETURN(WireMessage reply, Await(Request::kGetVringBase, sizeof(VringState), deadline));
+  auto state = reply.As<VringState>();
+  if (state.index != index) {
+    return Error(absl::StatusCode::kInvalidArgument, "reply to GET_VRING_BASE of ring {} is about ring {}",
+                 index, state.index);
+  }
+  return state.num;
+}
+
+absl::StatusOr<uint32_t> Frontend::GetVringBase(uint32_t index, Deadline deadline) {
+  RETURN_IF_ERROR(SendGetVringBase(index, deadline));
+  return FinishGetVringBase(index, deadline);
+}
+
+absl::StatusOr<std::vector<uint8_t>> Frontend::GetConfig(uint32_t offset, uint32_t size, Deadline deadline) {
+  ConfigHeader header{offset, size, 0};
+  std::vector<uint8_t> payload(sizeof header + size, 0);
+  std::memcpy(payload.data(), &header, sizeof header);
+  RETURN_IF_ERROR(Send(Request::kGetConfig, 0, payload, {}, deadline));
+  auto reply = Await(Request::kGetConfig, static_cast<uint32_t>(payload.size()), deadline);
+  if (!reply.ok()) return reply.status();
+  auto answered = reply->As<ConfigHeader>();
+  if (answered.offset != offset || answered.size != size) {
+    return Error(absl::StatusCode::kInvalidArgument, "reply to GET_CONFIG is about offset {} size {}",
+                 answered.offset, answered.size);
+  }
+  return std::vector<uint8_t>(reply->payload.begin() + sizeof header, reply->payload.end());
+}
+
+absl::StatusOr<std::pair<InflightDescription, UniqueFd>> Frontend::GetInflight(uint16_t num_queues,
+                                                                               uint16_t queue_size,
+                                                                               Deadline deadline) {
+  InflightDescription wanted{0, 0, num_queues, queue_size, 0};
+  ASSIGN_OR_RETURN(WireMessage reply, Call(Request::kGetInflightFd, Bytes(wanted), {}, deadline));
+  return std::make_pair(reply.As<InflightDescription>(), std::move(reply.fds[0]));
+}
+
+absl::Status Frontend::SetLogBase(uint64_t size, int fd, Deadline deadline) {
+  LogDescription log{size, 0};
+  return Call(Request::kSetLogBase, Bytes(log), {&fd, 1}, deadline).status();
+}
+
+absl::Status Frontend::Set(Request request, std::span<const uint8_t> payload, std::span<const int> fds,
+                           Deadline deadline, bool fence) {
+  const bool ack = (protocol_features_ & pf::kReplyAck) != 0;
+  RETURN_IF_ERROR(Send(request, ack ? kFlagNeedReply : 0, payload, fds, deadline));
+  if (!ack) return fence ? GetU64(Request::kGetFeatures, deadline).status() : absl::OkStatus();
+  ASSIGN_OR_RETURN(WireMessage reply, Await(request, static_cast<uint32_t>(payload.size()), deadline));
+  if (uint64_t result = reply.As<uint64_t>(); result != 0) {
+    return Error(absl::StatusCode::kFailedPrecondition, "the back-end refused {} (result {})",
+                 RequestName(static_cast<uint32_t>(request)), result);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Frontend::SetU64(Request request, uint64_t value, Deadline deadline, bool fence) {
+  return Set(request, Bytes(value), {}, deadline, fence);
+}
+
+absl::Status Frontend::SetProtocolFeatures(uint64_t features, Deadline deadline) {
+  RETURN_IF_ERROR(SetU64(Request::kSetProtocolFeatures, features, deadline));
+  protocol_features_ = features;
+  return absl::OkStatus();
+}
+
+absl::Status Frontend::OpenChannel(Deadline deadline) {
+  int pair[2];
+  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) return ErrnoError(errno, "socketpair");
+  UniqueFd ours(pair[0]), theirs(pair[1]);
+  channel_ = Connection(std::move(ours));
+  int fd = theirs.get();
+  return Set(Request::kSetBackendReqFd, {}, {&fd, 1}, deadline);
+}
+
+absl::Status Frontend::SendGetFeatures(Deadline deadline) {
+  return Send(Request::kGetFeatures, 0, {}, {}, deadline);
+}
+
+absl::StatusOr<uint64_t> Frontend::FinishGetFeatures(Deadline deadline) {
+  ASSIGN_OR_RETURN(WireMessage reply, Await(Request::kGetFeatures, 0, deadline));
+  return reply.As<uint64_t>();
+}
+
+void Frontend::ServeChannel() {
+  if (!channel_.valid()) return;
+  auto message = channel_.Receive(/*reply=*/false, Deadline::After(kChannelMessageTime));
+  if (!message.ok()) {
+    if (!absl::IsUnavailable(message.status())) {
+      LOG_WARN("back-end channel closed: {}", Message(message.status()));
+    }
+    channel_.Close();
+    return;
+  }
+  absl::Status valid = ValidateBackendRequest(*message);
+  uint64_t result = valid.ok() ? 0 : 1;
+  if (!valid.ok()) LOG_WARN("back-end channel: {}", Message(valid));
+  if (message->need_reply()) {
+    absl::Status sent = channel_.Send(message->header.request, kReplyFlags, Bytes(result), {},
+                                      Deadline::After(kChannelMessageTime));
+    if (!sent.ok()) channel_.Close();
+  }
+  if (valid.ok() && on_config_change_) on_config_change_();
+}
+
+}  // namespace baton::vhost

@@ -1,0 +1,77 @@
+// The front-end side of vhost-user: what the mediator and the probe say to a back-end.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "agent/vhost/socket.h"
+#include "agent/vhost/wire.h"
+#include "common/clock.h"
+#include "common/status.h"
+
+namespace baton::vhost {
+
+// One connection to a back-end. Every call that waits for an answer waits until its deadline and meanwhile
+// serves the back-end's own channel: a back-end may ask there while it handles our request, and would
+// otherwise never answer. After an error whose code is not kFailedPrecondition (the back-end answered "no")
+// the connection is out of step and must be dropped. Not thread-safe.
+class Frontend {
+ public:
+  explicit Frontend(Connection connection) : connection_(std::move(connection)) {}
+
+  // Called for each CONFIG_CHANGE_MSG of the back-end, from within any call and from ServeChannel.
+  void set_on_config_change(std::function<void()> callback) { on_config_change_ = std::move(callback); }
+
+  int fd() const { return connection_.fd(); }
+  int channel_fd() const { return channel_.fd(); }
+  const Connection& connection() const { return connection_; }
+  uint64_t protocol_features() const { return protocol_features_; }
+
+  // Requests with an answer of their own. `request` must be one that answers with a u64.
+  absl::StatusOr<uint64_t> GetU64(Request request, Deadline deadline);
+  absl::StatusOr<uint32_t> GetVringBase(uint32_t index, Deadline deadline);
+  // The two halves of GetVringBase, for a stop that may outlast every deadline: after SendGetVringBase
+  // nothing else may be sent until FinishGetVringBase has succeeded (call it when fd() is readable).
+  absl::Status SendGetVringBase(uint32_t index, Deadline deadline);
+  absl::StatusOr<uint32_t> FinishGetVringBase(uint32_t index, Deadline deadline);
+  absl::StatusOr<std::vector<uint8_t>> GetConfig(uint32_t offset, uint32_t size, Deadline deadline);
+  // The region that the back-end allocated, and its descriptor.
+  absl::StatusOr<std::pair<InflightDescription, UniqueFd>> GetInflight(uint16_t num_queues,
+                                                                       uint16_t queue_size,
+                                                                       Deadline deadline);
+  absl::Status SetLogBase(uint64_t size, int fd, Deadline deadline);
+
+  // Requests without an answer of their own: confirmed by REPLY_ACK where negotiated; otherwise sent, and
+  // followed by a GET_FEATURES round trip if `fence`. kFailedPrecondition: the back-end refused.
+  absl::Status Set(Request request, std::span<const uint8_t> payload, std::span<const int> fds,
+                   Deadline deadline, bool fence = false);
+  absl::Status SetU64(Request request, uint64_t value, Deadline deadline, bool fence = false);
+  // Remembers them for the use of need_reply.
+  absl::Status SetProtocolFeatures(uint64_t features, Deadline deadline);
+  // Makes a socket pair, gives one end to the back-end and serves the other.
+  absl::Status OpenChannel(Deadline deadline);
+
+  // First half of the handshake, so that a silent back-end can be waited for without a thread.
+  absl::Status SendGetFeatures(Deadline deadline);
+  absl::StatusOr<uint64_t> FinishGetFeatures(Deadline deadline);
+
+  // Handles what waits on channel_fd(). A back-end that closes or misuses its channel loses it, nothing else.
+  void ServeChannel();
+
+ private:
+  absl::Status Send(Request request, uint32_t flags, std::span<const uint8_t> payload,
+                    std::span<const int> fds, Deadline deadline);
+  absl::StatusOr<WireMessage> Await(Request request, uint32_t sent_size, Deadline deadline);
+  absl::StatusOr<WireMessage> Call(Request request, std::span<const uint8_t> payload,
+                                   std::span<const int> fds, Deadline deadline);
+
+  Connection connection_;
+  Connection channel_;
+  uint64_t protocol_features_ = 0;
+  std::function<void()> on_config_change_;
+};
+
+}  // namespace baton::vhost

@@ -1,0 +1,303 @@
+#include "agent/vhost/mediator.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/inotify.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <filesystem>
+#include <future>
+
+#include "agent/vhost/mediator_impl.h"
+#include "agent/virtio/features.h"
+#include "common/log.h"
+
+namespace baton::vhost {
+
+absl::StatusOr<std::vector<memory::GpaRange>> LayoutFor(const std::vector<MemoryRegionInfo>& regions,
+                                                        const memory::GuestRam& ram) {
+  std::vector<memory::GpaRange> layout;
+  for (const MemoryRegionInfo& region : regions) {
+    auto it = std::find_if(ram.blocks().begin(), ram.blocks().end(), [&](const memory::RamBlock& block) {
+      return block.device() == region.device && block.inode() == region.inode;
+    });
+    if (it == ram.blocks().end()) {
+      return Error(absl::StatusCode::kFailedPrecondition,
+                   "guest memory at {:#x} is in a file that is none of the VM's RAM blocks", region.gpa);
+    }
+    layout.push_back(
+        {region.gpa, region.size, static_cast<uint32_t>(it - ram.blocks().begin()), region.mmap_offset});
+  }
+  return layout;
+}
+
+Mediator::Impl::Impl(MediatorOptions options, MediatorCallbacks callbacks)
+    : options_(std::move(options)),
+      callbacks_(std::move(callbacks)),
+      quirks_(QuirksOf(options_.backend.kind())) {}
+
+Mediator::Impl::~Impl() {
+  quit_ = true;
+  uint64_t one = 1;
+  if (wake_ && ::write(wake_.get(), &one, sizeof one) < 0) LOG_WARN("device {}: wake-up failed", name());
+  if (thread_.joinable()) thread_.join();
+  if (listen_) ::unlink(options_.listen_path.c_str());
+}
+
+absl::Status Mediator::Impl::StartUp() {
+  wake_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!wake_) return ErrnoError(errno, "eventfd");
+  // Says when a back-end puts its socket back. Without it (no such directory yet) the retries alone find it.
+  inotify_.reset(::inotify_init1(IN_CLOEXEC | IN_NONBLOCK));
+
+  Deadline deadline = Deadline::After(options_.connect_timeout);
+  absl::Status dialled = Dial();
+  if (dialled.ok()) {
+    pollfd p{link_.frontend->fd(), POLLIN, 0};
+    if (::poll(&p, 1, deadline.PollTimeoutMs()) == 0) {
+      dialled = Error(absl::StatusCode::kDeadlineExceeded,
+                      "accepts the connection but does not answer (stopped, or busy with another front-end)");
+    } else {
+      auto features = link_.frontend->FinishGetFeatures(deadline);
+      dialled = features.ok() ? Negotiate(*features) : features.status();
+    }
+  }
+  if (dialled.ok()) {
+    link_.state = LinkState::kReady;
+  } else {
+    absl::Status status =
+        Annotate(dialled, fmt::format("device {}: back-end {}", name(), options_.backend.socket()));
+    if (options_.backend_required) return status;
+    LoseBackend(dialled);
+  }
+  if (offer_known_) RETURN_IF_ERROR(Listen());
+  Publish();
+  thread_ = std::thread([this] { Loop(); });
+  return absl::OkStatus();
+}
+
+absl::Status Mediator::Impl::Listen() {
+  auto listening = ListenAt(options_.listen_path);
+  if (!listening.ok()) return Annotate(listening.status(), fmt::format("device {}", name()));
+  listen_ = std::move(*listening);
+  return absl::OkStatus();
+}
+
+void Mediator::Impl::Loop() {
+  // Writing to a notification pipe whose reader is gone must give EPIPE, not end the process.
+  sigset_t signals;
+  sigfillset(&signals);
+  ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  while (!quit_) {
+    int timeout = -1;
+    if (link_.state == LinkState::kDown) timeout = Deadline::At(retry_at_).PollTimeoutMs();
+    if (link_.state == LinkState::kHello) timeout = Deadline::At(link_.hello_until).PollTimeoutMs();
+    HandleEvents(timeout);
+    Publish();
+  }
+}
+
+void Mediator::Impl::HandleEvents(int timeout_ms) {
+  enum { kWake, kListen, kVmm, kBackend, kChannel, kInotify, kCount };
+  const bool down = link_.state == LinkState::kDown;
+  pollfd p[kCount] = {
+      {wake_.get(), POLLIN, 0},
+      {vmm_.valid() ? -1 : listen_.get(), POLLIN, 0},
+      {vmm_.fd(), POLLIN, 0},
+      {link_.frontend ? link_.frontend->fd() : -1, POLLIN, 0},
+      {link_.frontend ? link_.frontend->channel_fd() : -1, POLLIN, 0},
+      {down ? inotify_.get() : -1, POLLIN, 0},
+  };
+  int n = ::poll(p, kCount, timeout_ms);
+  wakeups_.fetch_add(1, std::memory_order_relaxed);
+  if (n < 0) return;
+  if (p[kWake].revents) {
+    uint64_t count;
+    if (::read(wake_.get(), &count, sizeof count) < 0) LOG_DEBUG("device {}: spurious wake-up", name());
+    RunPosted();
+    return;  // descriptors may have changed
+  }
+  if (p[kChannel].revents) link_.frontend->ServeChannel();
+  if (p[kBackend].revents) {
+    switch (link_.state) {
+      case LinkState::kHello:
+        FinishHello();
+        break;
+      case LinkState::kStopping:
+        FinishOverdueStop();
+        break;
+      default:
+        // Nothing was asked: it hung up, or speaks out of turn.
+        LoseBackend(p[kBackend].revents & (POLLHUP | POLLERR)
+                        ? absl::UnavailableError("the back-end hung up")
+                        : absl::InvalidArgumentError("the back-end sent something nobody asked for"));
+    }
+  } else if (link_.state == LinkState::kHello && Deadline::At(link_.hello_until).Expired()) {
+    LoseBackend(absl::DeadlineExceededError("the back-end accepts the connection but does not answer"));
+  }
+  if (link_.state == LinkState::kDown) {
+    bool appeared = false;
+    if (p[kInotify].revents) {
+      alignas(inotify_event) char events[4096];
+      while (::read(inotify_.get(), events, sizeof events) > 0) appeared = true;
+    }
+    if (appeared || Deadline::At(retry_at_).Expired()) TryConnect();
+  }
+  if (config_changed_ && Ready()) {
+    config_changed_ = false;
+    RefreshConfig();
+    if (record_.channel.valid()) {
+      absl::Status sent = record_.channel.Send(static_cast<uint32_t>(BackendRequest::kConfigChange), kVersion,
+                                               {}, {}, Deadline::After(std::chrono::milliseconds(100)));
+      if (!sent.ok())
+        LOG_WARN("device {}: the VMM was not told of a configuration change: {}", name(), Message(sent));
+    }
+  }
+  if (p[kListen].revents) AcceptVmm();
+  if (p[kVmm].revents && vmm_.valid()) ServeVmm();
+}
+
+void Mediator::Impl::RunPosted() {
+  std::deque<std::function<void()>> work;
+  {
+    std::lock_guard lock(mutex_);
+    work.swap(posted_);
+  }
+  for (auto& item : work) item();
+}
+
+absl::Status Mediator::Impl::Run(std::function<absl::Status()> work, Deadline deadline) {
+  auto promise = std::make_shared<std::promise<absl::Status>>();
+  auto future = promise->get_future();
+  {
+    std::lock_guard lock(mutex_);
+    posted_.push_back([promise, work = std::move(work)] { promise->set_value(work()); });
+  }
+  uint64_t one = 1;
+  if (::write(wake_.get(), &one, sizeof one) < 0) return ErrnoError(errno, "waking the mediator");
+  if (future.wait_until(deadline.when()) == std::future_status::timeout) {
+    return Error(absl::StatusCode::kDeadlineExceeded,
+                 "device {}: its mediator is busy waiting for the back-end", name());
+  }
+  return future.get();
+}
+
+v1::Device Mediator::Impl::BuildDescription() const {
+  v1::Device d;
+  d.set_name(name());
+  d.set_class_(options_.spec.class_());
+  *d.mutable_backend() = options_.backend;
+  bool stopped = false;
+  for (const auto& [index, vring] : record_.vrings) {
+    if (vring.num == 0) continue;
+    v1::Queue* q = d.add_queues();
+    q->set_index(index);
+    q->set_size(vring.num);
+    q->set_started(vring.started);
+    q->set_enabled(vring.enabled.value_or(vring.started));
+    q->set_last_avail(vring.told.value_or(0));
+    stopped |= vring.told.has_value();
+  }
+  if (link_.state == LinkState::kHeld) {
+    d.set_state(v1::Device::HELD);
+  } else if (!Ready()) {
+    d.set_state(v1::Device::BACKEND_LOST);
+  } else if (record_.any_started()) {
+    d.set_state(v1::Device::ACTIVE);
+  } else {
+    d.set_state(stopped ? v1::Device::STOPPED_DEVICE : v1::Device::IDLE_DEVICE);
+  }
+  d.set_acked_features(record_.features.value_or(0) & ~virtio::kVhostOnly);
+  d.set_offered_features(offer_.features);
+  d.set_protocol_features(link_.frontend ? link_.frontend->protocol_features() : 0);
+  d.set_offered_protocol_features(offer_.protocol_features);
+  d.set_config(std::string(config_.begin(), config_.end()));
+  d.set_message(message_);
+  d.set_reconnects(reconnects_);
+  d.set_max_queues(static_cast<uint32_t>(offer_.queues));
+  d.set_max_memory_slots(static_cast<uint32_t>(offer_.memory_slots));
+  d.set_memory_regions(static_cast<uint32_t>(record_.memory.regions().size()));
+  return d;
+}
+
+void Mediator::Impl::Publish() {
+  v1::Device d = BuildDescription();
+  bool changed;
+  {
+    std::lock_guard lock(mutex_);
+    changed = d.SerializeAsString() != published_.SerializeAsString();
+    if (changed) published_ = d;
+    published_expected_ = expected_result_;
+    if (stop_began_ && stop_ended_) stop_duration_ = *stop_ended_ - *stop_began_;
+    ++change_count_;
+  }
+  changed_.notify_all();
+  if (changed && callbacks_.on_change) callbacks_.on_change(d);
+}
+
+v1::Device Mediator::Impl::Describe() const {
+  std::lock_guard lock(mutex_);
+  return published_;
+}
+
+// --- the public face ---
+
+Mediator::Mediator(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Mediator::~Mediator() = default;
+
+absl::StatusOr<std::unique_ptr<Mediator>> Mediator::Start(MediatorOptions options,
+                                                          MediatorCallbacks callbacks) {
+  auto impl = std::make_unique<Impl>(std::move(options), std::move(callbacks));
+  RETURN_IF_ERROR(impl->StartUp());
+  return std::unique_ptr<Mediator>(new Mediator(std::move(impl)));
+}
+
+const std::string& Mediator::name() const { return impl_->name(); }
+v1::Device Mediator::Describe() const { return impl_->Describe(); }
+bool Mediator::Active() const { return impl_->Describe().state() == v1::Device::ACTIVE; }
+absl::Status Mediator::StartLogging(Deadline deadline) { return impl_->StartLogging(deadline); }
+absl::Status Mediator::HarvestLog(memory::PageSets& out) { return impl_->HarvestLog(out); }
+absl::Status Mediator::StopLogging(Deadline deadline) { return impl_->StopLogging(deadline); }
+absl::Status Mediator::ArmStop(Duration drain_bound) { return impl_->ArmStop(drain_bound); }
+absl::StatusOr<v1::DeviceState> Mediator::CollectState(Deadline deadline) {
+  return impl_->CollectState(deadline);
+}
+Duration Mediator::stop_duration() const { return impl_->stop_duration(); }
+absl::Status Mediator::DisarmStop() { return impl_->DisarmStop(); }
+absl::Status Mediator::ExpectState(const v1::DeviceState& state) { return impl_->ExpectState(state); }
+absl::Status Mediator::CheckExpected() const { return impl_->CheckExpected(); }
+uint64_t Mediator::wakeups() const { return impl_->wakeups(); }
+
+namespace {
+
+class MediatorDirtySource : public memory::DirtySource {
+ public:
+  MediatorDirtySource(Mediator* mediator, Duration timeout) : mediator_(mediator), timeout_(timeout) {}
+  ~MediatorDirtySource() override { Stop(); }
+  std::string name() const override { return "vhost log of " + mediator_->name(); }
+  absl::Status Start() override {
+    started_ = true;
+    return mediator_->StartLogging(Deadline::After(timeout_));
+  }
+  absl::Status Harvest(memory::PageSets& out) override { return mediator_->HarvestLog(out); }
+  void Stop() override {
+    if (!std::exchange(started_, false)) return;
+    absl::Status stopped = mediator_->StopLogging(Deadline::After(timeout_));
+    if (!stopped.ok()) LOG_WARN("{}: {}", name(), Message(stopped));
+  }
+
+ private:
+  Mediator* const mediator_;
+  const Duration timeout_;
+  bool started_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<memory::DirtySource> Mediator::MakeDirtySource() {
+  return std::make_unique<MediatorDirtySource>(this, 2 * impl_->request_timeout());
+}
+
+}  // namespace baton::vhost

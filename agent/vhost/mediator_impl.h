@@ -1,0 +1,228 @@
+// The inside of Mediator, shared by its parts:
+//   mediator.cc         the thread, its events, the public calls
+//   vmm_requests.cc     what the VMM asks, one handler a request
+//   backend_session.cc  connecting, building the device at the back-end, losing it, starting and stopping
+//   rings migration_ops.cc    logging, the stop of a migration, state out and in
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "agent/vhost/device_record.h"
+#include "agent/vhost/dirty_log.h"
+#include "agent/vhost/frontend.h"
+#include "agent/vhost/mediator.h"
+#include "agent/vhost/quirks.h"
+
+namespace baton::vhost {
+
+// What the back-end offers, asked at each connection.
+struct Offer {
+  uint64_t features = 0;
+  uint64_t protocol_features = 0;
+  uint64_t queues = 1;
+  uint64_t memory_slots = kMaxTableRegions;
+};
+
+enum class LinkState {
+  kDown,      // no connection; the next attempt is due at retry_at
+  kHello,     // connected, GET_FEATURES sent; a back-end that is busy or stopped does not answer yet
+  kReady,     // in step: requests of the VMM are forwarded
+  kStopping,  // the answer to GET_VRING_BASE is overdue; nothing may be sent before it comes
+  kHeld,      // connected, but the device cannot be built without a guess
+};
+
+// State of a ring at the back-end, on this connection.
+struct AppliedVring {
+  bool running = false;
+  bool call_stale = false;  // the VMM changed the call descriptor while nothing could be sent
+  // The answer of the back-end to GET_VRING_BASE on this connection: the true base.
+  std::optional<uint32_t> base;
+};
+
+struct Link {
+  LinkState state = LinkState::kDown;
+  std::unique_ptr<Frontend> frontend;
+  std::string identity;  // of the process behind it
+  std::optional<uint64_t> features_sent;
+  bool memory_sent = false;
+  bool memory_stale = false;
+  bool inflight_sent = false;
+  bool log_sent = false;
+  std::map<uint32_t, AppliedVring> vrings;
+  std::map<uint32_t, bool> enabled;
+  uint32_t stopping = 0;  // ring of the overdue GET_VRING_BASE
+  Clock::time_point hello_until{};
+};
+
+class Mediator::Impl {
+ public:
+  Impl(MediatorOptions options, MediatorCallbacks callbacks);
+  ~Impl();
+
+  // mediator.cc
+  absl::Status StartUp();
+  v1::Device Describe() const;
+  uint64_t wakeups() const { return wakeups_.load(std::memory_order_relaxed); }
+  const std::string& name() const { return options_.spec.name(); }
+
+  // migration_ops.cc
+  absl::Status StartLogging(Deadline deadline);
+  absl::Status HarvestLog(memory::PageSets& out);
+  absl::Status StopLogging(Deadline deadline);
+  absl::Status ArmStop(Duration drain_bound);
+  absl::StatusOr<v1::DeviceState> CollectState(Deadline deadline);
+  Duration stop_duration() const;
+  absl::Status DisarmStop();
+  absl::Status ExpectState(const v1::DeviceState& state);
+  absl::Status CheckExpected() const;
+  Duration request_timeout() const { return options_.request_timeout; }
+
+ private:
+  // --- mediator.cc: thread and events ---
+  void Loop();
+  void HandleEvents(int timeout_ms);
+  void RunPosted();
+  // Runs `work` on the mediator's thread and waits for it. DeadlineExceeded: it may still run later.
+  absl::Status Run(std::function<absl::Status()> work, Deadline deadline);
+  void Publish();
+  v1::Device BuildDescription() const;
+  Deadline RequestDeadline() const { return Deadline::After(options_.request_timeout); }
+  absl::Status Listen();
+
+  // --- vmm_requests.cc ---
+  void AcceptVmm();
+  void ServeVmm();
+  // Ends the VMM's session: the record is forgotten, and the back-end gets a new connection for the next
+  // session.
+  void EndVmmSession();
+  absl::Status Dispatch(WireMessage& m);
+  absl::Status Reply(const WireMessage& m, std::span<const uint8_t> payload, std::span<const int> fds = {});
+  absl::Status ReplyU64(const WireMessage& m, uint64_t value) { return Reply(m, Bytes(value)); }
+  uint64_t FeaturesForVmm() const;
+  uint64_t ProtocolFeaturesForVmm() const;
+  // Each returns an error to refuse the message and thereby the VMM's connection. What the back-end refused
+  // is not such an error: it comes in *refused and is answered to the VMM.
+  absl::Status OnSetFeatures(const WireMessage& m, absl::Status* refused);
+  absl::Status OnSetProtocolFeatures(const WireMessage& m, absl::Status* refused);
+  absl::Status OnMemory(WireMessage& m, absl::Status* refused);
+  absl::Status OnVringNum(const WireMessage& m);
+  absl::Status OnVringAddr(const WireMessage& m, absl::Status* refused);
+  absl::Status OnVringBase(const WireMessage& m);
+  absl::Status OnGetVringBase(const WireMessage& m);
+  absl::Status OnNotifier(WireMessage& m, absl::Status* refused);
+  absl::Status OnVringEnable(const WireMessage& m, absl::Status* refused);
+  absl::Status OnGetConfig(const WireMessage& m);
+  absl::Status OnSetConfig(const WireMessage& m, absl::Status* refused);
+  absl::Status OnGetInflight(const WireMessage& m);
+  absl::Status OnSetInflight(WireMessage& m);
+  absl::Status OnStatus(const WireMessage& m, absl::Status* refused);
+  absl::Status OnResetDevice(absl::Status* refused);
+  absl::Status CheckIndex(const WireMessage& m, uint64_t index) const;
+
+  // --- backend_session.cc ---
+  // Dials and sends the first request; leaves the link in kHello or kDown.
+  absl::Status Dial();
+  void TryConnect();
+  // The answer to GET_FEATURES is there: the rest of the handshake, then the device is built.
+  void FinishHello();
+  absl::Status Negotiate(uint64_t features);
+  // Builds everything the record says at a fresh connection.
+  absl::Status Build();
+  // After an overdue stop was answered: brings the back-end to what the VMM asked for meanwhile.
+  void Reconcile();
+  void FinishOverdueStop();
+  // Forwards: OK, or *refused by the back-end; anything else loses the link (and counts as OK: the record has
+  // it).
+  absl::Status Forward(const absl::Status& status, absl::Status* refused);
+  void LoseBackend(const absl::Status& why);
+  void Hold(const absl::Status& why);
+  void ScheduleRetry(bool fresh);
+  bool Ready() const { return link_.state == LinkState::kReady; }
+  uint64_t EffectiveFeatures() const;
+  uint64_t EffectiveProtocolFeatures() const;
+  absl::Status SendFeatures();
+  absl::Status SendMemory();
+  absl::Status SendVringAddr(uint32_t index);
+  absl::Status SendNotifier(Request request, uint32_t index, const Notifier& notifier);
+  absl::Status EnsureInflight();
+  // Initialises one queue's part of the in-flight region for a ring that starts with nothing in flight.
+  absl::Status InitInflightPart(uint32_t index, uint16_t used_idx);
+  absl::Status CheckInflightPart(uint32_t index, uint16_t used_idx);
+  // Where the back-end is to begin. `rebuilt`: the ring ran before the back-end was lost.
+  absl::StatusOr<uint32_t> ResolveBase(uint32_t index);
+  absl::Status StartVring(uint32_t index, bool inject);
+  // Asks the back-end for the base and watches the ring drain, until `deadline`. Returns what to tell the
+  // VMM.
+  uint32_t StopVring(uint32_t index, Deadline deadline);
+  // used->idx of a ring, or what was last known.
+  uint32_t UsedIndex(uint32_t index) const;
+  void RefreshConfig();
+  uint32_t ConfigSize() const;
+
+  // --- migration_ops.cc, on the thread ---
+  absl::Status EnsureLog();
+  absl::Status ApplyLogging(bool on);
+  void MarkRingDirty(uint32_t index);
+  absl::StatusOr<v1::DeviceState> BuildState();
+  void CompareWithExpected(uint32_t index, uint32_t base);
+  Deadline StopDeadline();
+
+  const MediatorOptions options_;
+  const MediatorCallbacks callbacks_;
+  const Quirks quirks_;
+
+  // Owned by the mediator's thread (by StartUp before it runs).
+  UniqueFd listen_;
+  UniqueFd inotify_;
+  Connection vmm_;
+  bool vmm_was_connected_ = false;
+  DeviceRecord record_;
+  Link link_;
+  Offer offer_;
+  bool offer_known_ = false;
+  std::vector<uint8_t> config_;
+  bool config_changed_ = false;
+  std::string lost_identity_;  // process that served the device when it was lost
+  bool rebuild_counts_ = false;
+  uint32_t reconnects_ = 0;
+  std::string message_;
+  bool log_said_ = false;
+  Duration backoff_{};
+  Clock::time_point retry_at_{};
+  bool logging_ = false;
+  std::optional<Clock::time_point> stop_began_, stop_ended_;
+  std::optional<v1::DeviceState> expected_;
+  absl::Status expected_result_;
+  std::vector<uint32_t> expected_seen_;
+
+  // Shared with callers.
+  UniqueFd wake_;
+  std::thread thread_;
+  std::atomic<bool> quit_{false};
+  std::atomic<uint64_t> wakeups_{0};
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> posted_;  // guarded by mutex_
+  v1::Device published_;                      // guarded by mutex_
+  uint64_t change_count_ = 0;                 // guarded by mutex_
+  std::optional<Duration> armed_;             // guarded by mutex_
+  Duration stop_duration_{};                  // guarded by mutex_
+  absl::Status published_expected_;           // guarded by mutex_
+
+  std::mutex log_mutex_;
+  std::shared_ptr<DirtyLog> log_;  // guarded by log_mutex_
+  std::vector<uint64_t> carry_;    // guarded by log_mutex_: bits taken from an older log, or set by us
+  bool log_incomplete_ = false;    // guarded by log_mutex_
+};
+
+}  // namespace baton::vhost

@@ -1,0 +1,195 @@
+#include "agent/vhost/socket.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+namespace baton::vhost {
+namespace {
+
+// ppoll(2): milliseconds are too coarse for what happens inside a blackout.
+int PollOne(int fd, short events, Deadline deadline) {
+  pollfd p{fd, events, 0};
+  Duration left = deadline.Left();
+  timespec ts{static_cast<time_t>(left.count() / 1000000000), static_cast<long>(left.count() % 1000000000)};
+  return ::ppoll(&p, 1, &ts, nullptr);
+}
+
+absl::StatusOr<sockaddr_un> Address(const std::string& path) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.empty()) return absl::InvalidArgumentError("empty socket path");
+  if (path.size() >= sizeof address.sun_path) {
+    return Error(absl::StatusCode::kInvalidArgument, "{}: socket paths are limited to {} bytes", path,
+                 sizeof address.sun_path - 1);
+  }
+  std::memcpy(address.sun_path, path.data(), path.size());
+  return address;
+}
+
+}  // namespace
+
+absl::StatusOr<Connection> Connection::Dial(const std::string& path, Deadline deadline) {
+  ASSIGN_OR_RETURN(sockaddr_un address, Address(path));
+  UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!fd) return ErrnoError(errno, "socket");
+  // EAGAIN: the listener's backlog is full; AF_UNIX gives no event for that, so it is tried again.
+  while (::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) {
+    if (errno == EINTR) continue;
+    if (errno != EAGAIN) return ErrnoError(errno, path);
+    if (deadline.Expired()) {
+      return Error(absl::StatusCode::kDeadlineExceeded,
+                   "{}: does not accept connections (its backlog is full)", path);
+    }
+    ::poll(nullptr, 0, 1);
+  }
+  return Connection(std::move(fd));
+}
+
+absl::Status Connection::Send(uint32_t request, uint32_t flags, std::span<const uint8_t> payload,
+                              std::span<const int> fds, Deadline deadline) {
+  Header header{request, flags, static_cast<uint32_t>(payload.size())};
+  std::vector<uint8_t> bytes(sizeof header + payload.size());
+  std::memcpy(bytes.data(), &header, sizeof header);
+  if (!payload.empty()) std::memcpy(bytes.data() + sizeof header, payload.data(), payload.size());
+  if (fds.size() > kMaxFds) return absl::InternalError("too many descriptors for one message");
+  size_t sent = 0;
+  while (sent < bytes.size()) {
+    iovec iov{bytes.data() + sent, bytes.size() - sent};
+    msghdr msg{};
+    msg.msg_iov = &iov;
+    msg.msg_iovlen = 1;
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMaxFds)] = {};
+    if (sent == 0 && !fds.empty()) {
+      msg.msg_control = control;
+      msg.msg_controllen = CMSG_SPACE(sizeof(int) * fds.size());
+      cmsghdr* cmsg = CMSG_FIRSTHDR(&msg);
+      cmsg->cmsg_level = SOL_SOCKET;
+      cmsg->cmsg_type = SCM_RIGHTS;
+      cmsg->cmsg_len = CMSG_LEN(sizeof(int) * fds.size());
+      std::memcpy(CMSG_DATA(cmsg), fds.data(), sizeof(int) * fds.size());
+    }
+    ssize_t n = ::sendmsg(fd_.get(), &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (n >= 0) {
+      sent += static_cast<size_t>(n);
+      continue;
+    }
+    if (errno == EINTR) continue;
+    if (errno != EAGAIN && errno != EWOULDBLOCK) return ErrnoError(errno, "sending " + RequestName(request));
+    if (deadline.Expired() || PollOne(fd_.get(), POLLOUT, deadline) == 0) {
+      return Error(absl::StatusCode::kDeadlineExceeded, "sending {}: the peer does not read",
+                   RequestName(request));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Connection::ReadFull(uint8_t* out, size_t size, std::vector<UniqueFd>* fds, Deadline deadline) {
+  size_t got = 0;
+  while (got < size) {
+    iovec iov{out + got, size - got};
+    msghdr msg{};
+    msg.msg_iov = &iov;
+    msg.msg_iovlen = 1;
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMaxFds)];
+    msg.msg_control = control;
+    msg.msg_controllen = sizeof control;
+    ssize_t n = ::recvmsg(fd_.get(), &msg, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    if (n < 0) {
+      if (errno == EINTR) continue;
+      if (errno == ECONNRESET && got == 0 && fds) return absl::UnavailableError("closed");
+      if (errno != EAGAIN && errno != EWOULDBLOCK) return ErrnoError(errno, "receiving");
+      if (deadline.Expired() || PollOne(fd_.get(), POLLIN, deadline) == 0) {
+        // Only between messages the connection is still in step.
+        if (fds && got == 0) return absl::DeadlineExceededError("no message came in time");
+        return Error(absl::StatusCode::kDataLoss, "the message stopped after {} of {} bytes", got, size);
+      }
+      continue;
+    }
+    std::vector<UniqueFd> received;
+    for (cmsghdr* cmsg = CMSG_FIRSTHDR(&msg); cmsg; cmsg = CMSG_NXTHDR(&msg, cmsg)) {
+      if (cmsg->cmsg_level != SOL_SOCKET || cmsg->cmsg_type != SCM_RIGHTS) continue;
+      size_t count = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+      for (size_t i = 0; i < count; ++i) {
+        int fd;
+        std::memcpy(&fd, CMSG_DATA(cmsg) + i * sizeof(int), sizeof fd);
+        received.emplace_back(fd);
+      }
+    }
+    if (msg.msg_flags & MSG_CTRUNC) {
+      return Error(absl::StatusCode::kInvalidArgument, "more than {} descriptors came with one message",
+                   kMaxFds);
+    }
+    if (!received.empty()) {
+      if (!fds || got != 0) {
+        return absl::InvalidArgumentError(
+            "descriptors came with something else than the first byte of a message");
+      }
+      *fds = std::move(received);
+    }
+    if (n == 0) {
+      if (fds && got == 0) return absl::UnavailableError("closed");
+      return Error(absl::StatusCode::kDataLoss, "closed within a message, after {} of {} bytes", got, size);
+    }
+    got += static_cast<size_t>(n);
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<WireMessage> Connection::Receive(bool reply, Deadline deadline) {
+  WireMessage message;
+  RETURN_IF_ERROR(
+      ReadFull(reinterpret_cast<uint8_t*>(&message.header), sizeof message.header, &message.fds, deadline));
+  RETURN_IF_ERROR(CheckHeader(message.header, reply));
+  message.payload.resize(message.header.size);
+  if (!message.payload.empty()) {
+    RETURN_IF_ERROR(Annotate(ReadFull(message.payload.data(), message.payload.size(), nullptr, deadline),
+                             "payload of message " + std::to_string(message.header.request)));
+  }
+  return message;
+}
+
+std::string Connection::PeerIdentity() const {
+  ucred cred{};
+  socklen_t size = sizeof cred;
+  if (::getsockopt(fd_.get(), SOL_SOCKET, SO_PEERCRED, &cred, &size) != 0 || cred.pid <= 0) return "";
+  std::unique_ptr<FILE, int (*)(FILE*)> stat(std::fopen(fmt::format("/proc/{}/stat", cred.pid).c_str(), "re"),
+                                             std::fclose);
+  if (!stat) return "";
+  char line[1024];
+  size_t n = std::fread(line, 1, sizeof line - 1, stat.get());
+  line[n] = 0;
+  // Field 22 is the start time; the command in field 2 may hold spaces and parentheses.
+  const char* p = std::strrchr(line, ')');
+  for (int field = 2; p && field < 22; ++field) p = std::strchr(p + 1, ' ');
+  if (!p) return "";
+  return fmt::format("{}/{}", cred.pid, std::strtoull(p + 1, nullptr, 10));
+}
+
+absl::StatusOr<UniqueFd> ListenAt(const std::string& path) {
+  ASSIGN_OR_RETURN(sockaddr_un address, Address(path));
+  struct stat st;
+  if (::lstat(path.c_str(), &st) == 0) {
+    if (!S_ISSOCK(st.st_mode)) {
+      return Error(absl::StatusCode::kAlreadyExists, "{}: exists and is not a socket", path);
+    }
+    if (::unlink(path.c_str()) != 0 && errno != ENOENT) return ErrnoError(errno, path);
+  }
+  UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!fd) return ErrnoError(errno, "socket");
+  // The file gets the socket's mode at bind(2), so that nobody connects before a chmod.
+  if (::fchmod(fd.get(), 0600) != 0) return ErrnoError(errno, path);
+  if (::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) != 0)
+    return ErrnoError(errno, path);
+  if (::listen(fd.get(), 1) != 0) return ErrnoError(errno, path);
+  return fd;
+}
+
+}  // namespace baton::vhost
