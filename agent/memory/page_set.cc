@@ -55,23 +55,26 @@ void PageSet::Subtract(const PageSet& other) {
   for (size_t i = 0; i < words_.size(); ++i) words_[i] &= ~other.words_[i];
 }
 
-PageSet::Run PageSet::NextRun(uint64_t from) const {
-  if (from >= pages_) return {};
+PageSet::Run PageSet::NextRun(uint64_t from, uint64_t limit) const {
+  limit = std::min(limit, pages_);
+  if (from >= limit) return {};
+  const size_t words = (limit + 63) / 64;
   // First set bit at or after `from`.
   size_t w = from / 64;
   uint64_t word = words_[w] & ~((uint64_t{1} << (from % 64)) - 1);
   while (word == 0) {
-    if (++w == words_.size()) return {};
+    if (++w == words) return {};
     word = words_[w];
   }
-  uint64_t first = w * 64 + static_cast<uint64_t>(std::countr_zero(word));
+  const uint64_t first = w * 64 + static_cast<uint64_t>(std::countr_zero(word));
+  if (first >= limit) return {};
   // First clear bit after it.
   word = ~words_[w] & ~((uint64_t{1} << (first % 64)) - 1);
   while (word == 0) {
-    if (++w == words_.size()) return {first, pages_ - first};
+    if (++w == words) return {first, limit - first};
     word = ~words_[w];
   }
-  uint64_t end = std::min(pages_, w * 64 + static_cast<uint64_t>(std::countr_zero(word)));
+  const uint64_t end = std::min(limit, w * 64 + static_cast<uint64_t>(std::countr_zero(word)));
   return {first, end - first};
 }
 

@@ -38,7 +38,9 @@ class PageSet {
     uint64_t first = 0;
     uint64_t count = 0;
   };
-  Run NextRun(uint64_t from) const;
+  Run NextRun(uint64_t from) const { return NextRun(from, pages_); }
+  // The same, looking only at pages below `limit`: the run ends there at the latest.
+  Run NextRun(uint64_t from, uint64_t limit) const;
   // Direct access to the words (bit i of word w is page 64*w+i), for merging logs.
   std::vector<uint64_t>& words() { return words_; }
   const std::vector<uint64_t>& words() const { return words_; }

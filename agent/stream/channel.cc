@@ -1,0 +1,147 @@
+#include "agent/stream/channel.h"
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "agent/stream/socket_io.h"
+
+namespace baton::stream {
+namespace {
+
+constexpr unsigned kTcpUserTimeoutMs = 10'000;
+
+class PlainChannel final : public Channel {
+ public:
+  explicit PlainChannel(UniqueFd socket) : Channel(PeerName(socket.get())), socket_(std::move(socket)) {}
+
+  absl::StatusOr<size_t> ReadSome(const iovec* buffers, int count, Deadline deadline) override {
+    msghdr message{};
+    message.msg_iov = const_cast<iovec*>(buffers);  // recvmsg(2) does not change it
+    message.msg_iovlen = static_cast<size_t>(std::min(count, kMaxIovecs));
+    for (;;) {
+      if (stopped_.load(std::memory_order_acquire)) return StoppedError();
+      ssize_t n = ::recvmsg(socket_.get(), &message, MSG_DONTWAIT);
+      if (n > 0) {
+        read_.fetch_add(static_cast<uint64_t>(n), std::memory_order_relaxed);
+        return static_cast<size_t>(n);
+      }
+      if (n == 0) {
+        if (stopped_.load(std::memory_order_acquire)) return StoppedError();
+        return Error(absl::StatusCode::kOutOfRange, "{}: closed by the peer", peer());
+      }
+      if (errno == EINTR) continue;
+      if (errno != EAGAIN && errno != EWOULDBLOCK) return SocketError(errno, peer());
+      RETURN_IF_ERROR(WaitSocket(socket_.get(), POLLIN, deadline, peer()));
+    }
+  }
+
+  absl::Status WriteAll(iovec* buffers, int count, Deadline deadline) override {
+    while (count > 0) {
+      if (stopped_.load(std::memory_order_acquire)) return StoppedError();
+      msghdr message{};
+      message.msg_iov = buffers;
+      message.msg_iovlen = static_cast<size_t>(std::min(count, kMaxIovecs));
+      ssize_t n = ::sendmsg(socket_.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+      if (n < 0) {
+        if (errno == EINTR) continue;
+        if (errno != EAGAIN && errno != EWOULDBLOCK) {
+          if (stopped_.load(std::memory_order_acquire)) return StoppedError();
+          return SocketError(errno, peer());
+        }
+        RETURN_IF_ERROR(WaitSocket(socket_.get(), POLLOUT, deadline, peer()));
+        continue;
+      }
+      written_.fetch_add(static_cast<uint64_t>(n), std::memory_order_relaxed);
+      Advance(buffers, count, static_cast<size_t>(n));
+    }
+    return absl::OkStatus();
+  }
+
+  void Shutdown() override {
+    stopped_.store(true, std::memory_order_release);
+    ::shutdown(socket_.get(), SHUT_RDWR);
+  }
+
+  int plain_fd() const override { return socket_.get(); }
+
+ private:
+  absl::Status StoppedError() const {
+    return Error(absl::StatusCode::kCancelled, "{}: connection was shut down", peer());
+  }
+  const UniqueFd socket_;
+  std::atomic<bool> stopped_{false};
+};
+
+}  // namespace
+
+absl::Status Channel::Read(void* data, size_t size, Deadline deadline) {
+  uint8_t* at = static_cast<uint8_t*>(data);
+  for (size_t done = 0; done < size;) {
+    iovec buffer{at + done, size - done};
+    auto n = ReadSome(&buffer, 1, deadline);
+    if (!n.ok()) {
+      if (n.status().code() == absl::StatusCode::kOutOfRange && done > 0) {
+        return Error(absl::StatusCode::kDataLoss, "{}: connection ended after {} of {} bytes", peer(), done,
+                     size);
+      }
+      return n.status();
+    }
+    done += *n;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Channel::Write(const void* data, size_t size, Deadline deadline) {
+  iovec buffer{const_cast<void*>(data), size};
+  return WriteAll(&buffer, 1, deadline);
+}
+
+absl::Status PrepareSocket(int fd) {
+  int flags = ::fcntl(fd, F_GETFL);
+  if (flags < 0 || ::fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0 || ::fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) {
+    return ErrnoError(errno, "peer connection: fcntl");
+  }
+  sockaddr_storage address{};
+  socklen_t length = sizeof(address);
+  if (::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) {
+    return ErrnoError(errno, "peer connection: getsockname");
+  }
+  if (address.ss_family != AF_INET && address.ss_family != AF_INET6) return absl::OkStatus();
+  const int on = 1;
+  if (::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) != 0 ||
+      ::setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &kTcpUserTimeoutMs, sizeof(kTcpUserTimeoutMs)) != 0) {
+    return ErrnoError(errno, "peer connection: setsockopt");
+  }
+  return absl::OkStatus();
+}
+
+std::string PeerName(int fd) {
+  sockaddr_storage address{};
+  socklen_t length = sizeof(address);
+  if (::getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) return "peer";
+  char text[INET6_ADDRSTRLEN] = "";
+  if (address.ss_family == AF_INET) {
+    const auto* v4 = reinterpret_cast<const sockaddr_in*>(&address);
+    ::inet_ntop(AF_INET, &v4->sin_addr, text, sizeof(text));
+    return fmt::format("{}:{}", text, ntohs(v4->sin_port));
+  }
+  if (address.ss_family == AF_INET6) {
+    const auto* v6 = reinterpret_cast<const sockaddr_in6*>(&address);
+    ::inet_ntop(AF_INET6, &v6->sin6_addr, text, sizeof(text));
+    return fmt::format("[{}]:{}", text, ntohs(v6->sin6_port));
+  }
+  return "unix";
+}
+
+absl::StatusOr<std::unique_ptr<Channel>> MakePlainChannel(UniqueFd socket) {
+  RETURN_IF_ERROR(PrepareSocket(socket.get()));
+  return std::unique_ptr<Channel>(std::make_unique<PlainChannel>(std::move(socket)));
+}
+
+}  // namespace baton::stream
