@@ -1,0 +1,357 @@
+// batonctl migrate, watch, cancel, retune, migration resolve.
+#include <signal.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <map>
+
+#include "client/ctl/context.h"
+#include "client/ctl/exit_codes.h"
+#include "client/ctl/follow.h"
+#include "client/ctl/show.h"
+#include "client/lib/errors.h"
+#include "client/lib/units.h"
+
+namespace baton::client {
+namespace {
+
+struct MigrateOptions {
+  std::string vm, to, policy, bandwidth, max_downtime, max_duration, drain_timeout, on_stall, request_id,
+      timeout, format;
+  std::vector<std::string> labels;
+  std::optional<uint32_t> channels;
+  bool dry_run = false;
+  bool wait = true;
+  bool tls = false;
+  bool tls_given = false;
+};
+
+absl::Status SetDuration(const std::string& text, google::protobuf::Duration* out) {
+  ASSIGN_OR_RETURN(Duration duration, ParseDuration(text));
+  *out = FromDuration(duration);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<v1::CreateMigrationRequest> BuildRequest(const MigrateOptions& o) {
+  v1::CreateMigrationRequest request;
+  v1::Migration& migration = *request.mutable_migration();
+  ASSIGN_OR_RETURN(*migration.mutable_vm(), FullName(Collection::kVms, o.vm));
+  ASSIGN_OR_RETURN(*migration.mutable_destination(), FullName(Collection::kHosts, o.to));
+  if (!o.policy.empty()) {
+    ASSIGN_OR_RETURN(*migration.mutable_policy(), FullName(Collection::kPolicies, o.policy));
+  }
+  v1::MigrationParams params;
+  if (!o.bandwidth.empty()) {
+    ASSIGN_OR_RETURN(uint64_t bandwidth, ParseRate(o.bandwidth));
+    params.set_bandwidth(bandwidth);
+  }
+  if (!o.max_downtime.empty()) RETURN_IF_ERROR(SetDuration(o.max_downtime, params.mutable_max_downtime()));
+  if (!o.max_duration.empty()) RETURN_IF_ERROR(SetDuration(o.max_duration, params.mutable_max_duration()));
+  if (!o.drain_timeout.empty()) RETURN_IF_ERROR(SetDuration(o.drain_timeout, params.mutable_drain_timeout()));
+  if (o.channels) params.set_channels(*o.channels);
+  if (o.tls_given) params.set_tls(o.tls);
+  if (o.on_stall == "abort") params.set_on_stall(v1::ON_STALL_ABORT);
+  if (o.on_stall == "raise-downtime") params.set_on_stall(v1::ON_STALL_RAISE_DOWNTIME);
+  if (o.on_stall == "switchover") params.set_on_stall(v1::ON_STALL_SWITCHOVER);
+  if (params.ByteSizeLong() > 0 || o.tls_given) *migration.mutable_params() = params;
+  for (const std::string& label : o.labels) {
+    size_t equals = label.find('=');
+    if (equals == std::string::npos || equals == 0) {
+      return Error(absl::StatusCode::kInvalidArgument, "--label '{}': expected KEY=VALUE", label);
+    }
+    (*migration.mutable_labels())[label.substr(0, equals)] = label.substr(equals + 1);
+  }
+  request.set_request_id(o.request_id.empty() ? MakeRequestId() : o.request_id);
+  request.set_validate_only(o.dry_run);
+  return request;
+}
+
+std::string DryRunText(const v1::Migration& m) {
+  std::string out = DescribeFindings(m);
+  const v1::Progress& p = m.progress();
+  if (p.has_forecast_remaining() || p.has_forecast_downtime()) {
+    out += "forecast:";
+    if (p.has_forecast_remaining()) out += " takes " + FormatDuration(p.forecast_remaining());
+    if (p.has_forecast_downtime()) {
+      out +=
+          (p.has_forecast_remaining() ? ", blackout " : " blackout ") + FormatDuration(p.forecast_downtime());
+    }
+    if (p.dirty_rate() > 0) out += ", guest writes " + FormatRate(p.dirty_rate());
+    out += "\n";
+  }
+  out += HasBlocker(m) ? "not possible: settle the blockers first\n"
+                       : "possible; nothing was started (--dry-run)\n";
+  return out;
+}
+
+absl::StatusOr<int> DryRun(Client* client, v1::CreateMigrationRequest* request, const MigrateOptions& o) {
+  // Room for a sample of the dirty rate and for back-ends that answer late.
+  Duration timeout = std::chrono::seconds(60);
+  if (!o.timeout.empty()) {
+    ASSIGN_OR_RETURN(timeout, ParseDuration(o.timeout));
+  }
+  ASSIGN_OR_RETURN(v1::Migration migration, client->CreateMigration(request, timeout));
+  RETURN_IF_ERROR(PrintResource(ParseFormat(o.format), migration, migration.name(),
+                                [&] { return DryRunText(migration); }));
+  return HasBlocker(migration) ? kExitBlocked : kExitOk;
+}
+
+std::string GoesOnHint(const v1::Migration& migration) {
+  std::string id = ShortName(migration.name());
+  return fmt::format(
+      "{} goes on without this command.\n  follow it: batonctl watch {}\n  cancel it: batonctl cancel {}",
+      migration.name(), id, id);
+}
+
+absl::StatusOr<int> Follow(Client* client, const v1::Migration& migration, const std::string& format,
+                           const std::string& timeout) {
+  FollowOptions options;
+  options.format = ParseFormat(format);
+  options.interrupt_hint = GoesOnHint(migration);
+  if (!timeout.empty()) {
+    ASSIGN_OR_RETURN(options.timeout, ParseDuration(timeout));
+  }
+  Signals signals(FollowSignals());
+  return FollowMigration(client, &signals, migration, options);
+}
+
+absl::StatusOr<int> Migrate(Context& context, const MigrateOptions& o) {
+  ASSIGN_OR_RETURN(auto request, BuildRequest(o));
+  ASSIGN_OR_RETURN(Client * client, context.Connect());
+  if (o.dry_run) return DryRun(client, &request, o);
+  v1::Migration migration;
+  {
+    InterruptMessage interrupted(fmt::format(
+        "\ninterrupted before the server answered: the migration may have been started; look with\n"
+        "  batonctl get migrations --vm {}\n"
+        "Repeating the command with --request-id {} does not start a second one.\n",
+        o.vm, request.request_id()));
+    ASSIGN_OR_RETURN(migration, client->CreateMigration(&request, client->options().request_timeout));
+  }
+  if (o.wait) return Follow(client, migration, o.format, o.timeout);
+  RETURN_IF_ERROR(PrintResource(ParseFormat(o.format), migration, migration.name(), [&] {
+    return fmt::format("{} created\n  follow it: batonctl watch {}\n", migration.name(),
+                       ShortName(migration.name()));
+  }));
+  return kExitOk;
+}
+
+void AddMigrate(CLI::App* app, Context* context) {
+  auto o = std::make_shared<MigrateOptions>();
+  CLI::App* command = app->add_subcommand("migrate", "Move a running VM to another host");
+  command->add_option("VM", o->vm, "The VM")->required();
+  command->add_option("--to", o->to, "Destination host")->required()->option_text("HOST");
+  command->add_flag("--dry-run", o->dry_run, "Run every check and forecast, start nothing");
+  command->add_flag("--wait,!--no-wait", o->wait,
+                    "Follow the migration to its end (default), or return once it is recorded");
+  command->add_option("--timeout", o->timeout, "Stop waiting after this long (exit 8); the migration goes on")
+      ->option_text("DURATION");
+  command->add_option("--policy", o->policy, "Policy (default: default)")->option_text("POLICY");
+  command->add_option("--max-downtime", o->max_downtime, "Blackout to aim at (300ms)")
+      ->option_text("DURATION");
+  command->add_option("--max-duration", o->max_duration, "Give up after this long")->option_text("DURATION");
+  command->add_option("--bandwidth", o->bandwidth, "Limit a second (500MiB, 10Gbit, unlimited)")
+      ->option_text("RATE");
+  command->add_option("--channels", o->channels, "Parallel connections; 0: chosen by the agent")
+      ->check(CLI::Range(0, 64))
+      ->option_text("N");
+  command->add_option("--drain-timeout", o->drain_timeout, "Bound of stopping a device")
+      ->option_text("DURATION");
+  command
+      ->add_option("--on-stall", o->on_stall,
+                   "When rounds bring no progress: abort, raise-downtime or switchover")
+      ->check(CLI::IsMember({"abort", "raise-downtime", "switchover"}))
+      ->option_text("ANSWER");
+  command->add_flag("--tls,!--no-tls", o->tls, "Encrypt the stream between the hosts, or not");
+  command->add_option("--label", o->labels, "Free text for the record; may be repeated")
+      ->option_text("KEY=VALUE");
+  command
+      ->add_option("--request-id", o->request_id,
+                   "Makes repeating the command harmless (default: a new UUID)")
+      ->option_text("UUID");
+  AddFormatOption(command, &o->format);
+  command->footer(
+      "Ctrl-C leaves the command (exit 130); the migration goes on. 'batonctl cancel' cancels it.\n\n"
+      "Examples:\n"
+      "  batonctl migrate web1 --to b\n"
+      "  batonctl migrate web1 --to b --dry-run\n"
+      "  batonctl migrate web1 --to b --max-downtime 50ms --bandwidth 10Gbit --timeout 10m\n"
+      "  batonctl migrate web1 --to b --no-wait -o name");
+  command->callback([=] {
+    o->tls_given = command->get_option("--tls")->count() > 0;
+    context->action = [o](Context& c) { return Migrate(c, *o); };
+  });
+}
+
+absl::StatusOr<int> Watch(Context& context, const std::vector<std::string>& words, const std::string& format,
+                          const std::string& timeout) {
+  std::vector<std::string> names = words;
+  if (!names.empty() && (names[0] == "migration" || names[0] == "migrations")) names.erase(names.begin());
+  if (names.size() > 1) {
+    return Error(absl::StatusCode::kInvalidArgument, "watch follows one migration or all: unexpected '{}'",
+                 names[1]);
+  }
+  ASSIGN_OR_RETURN(Client * client, context.Connect());
+  if (!names.empty()) {
+    ASSIGN_OR_RETURN(v1::Migration migration, FindMigration(client, names[0]));
+    return Follow(client, migration, format, timeout);
+  }
+  FollowOptions options;
+  options.format = ParseFormat(format);
+  if (!timeout.empty()) {
+    ASSIGN_OR_RETURN(options.timeout, ParseDuration(timeout));
+  }
+  Signals signals(FollowSignals());
+  return FollowAll(client, &signals, options);
+}
+
+void AddWatch(CLI::App* app, Context* context) {
+  struct Options {
+    std::vector<std::string> words;
+    std::string format, timeout;
+  };
+  auto o = std::make_shared<Options>();
+  CLI::App* command = app->add_subcommand("watch", "Follow a migration to its end, or every change of all");
+  command
+      ->add_option("NAME", o->words,
+                   "Migration, or VM that is in one; none: all migrations. 'migration NAME' works too")
+      ->expected(0, 3);
+  command->add_option("--timeout", o->timeout, "Stop watching after this long (exit 8)")
+      ->option_text("DURATION");
+  AddFormatOption(command, &o->format);
+  command->footer(
+      "Survives restarts of batond: nothing is missed and nothing is shown twice. The exit status is that of "
+      "the\n"
+      "migration's end. With -o json and no NAME: one JSON object a line for each change.\n\n"
+      "Examples:\n"
+      "  batonctl watch web1\n"
+      "  batonctl watch migration 3f2a91c0\n"
+      "  batonctl watch -o json | jq -c '{name, phase}'");
+  command->callback(
+      [=] { context->action = [o](Context& c) { return Watch(c, o->words, o->format, o->timeout); }; });
+}
+
+void AddCancel(CLI::App* app, Context* context) {
+  struct Options {
+    std::string name, format, timeout;
+    bool wait = false;
+  };
+  auto o = std::make_shared<Options>();
+  CLI::App* command = app->add_subcommand("cancel", "Cancel a migration; the guest goes on at the source");
+  command->add_option("NAME", o->name, "Migration, or VM that is in one")->required();
+  command->add_flag("--wait", o->wait, "Follow it to its end");
+  command->add_option("--timeout", o->timeout, "With --wait: stop waiting after this long")
+      ->option_text("DURATION");
+  AddFormatOption(command, &o->format);
+  command->footer(
+      "Without --wait the exit status says that the cancellation was taken down. A handover that is already "
+      "under way\n"
+      "finishes: then the migration ends as SUCCEEDED. With --wait a cancelled migration exits with 21.\n\n"
+      "Examples:\n"
+      "  batonctl cancel web1\n"
+      "  batonctl cancel 3f2a91c0 --wait");
+  command->callback([=] {
+    context->action = [o](Context& c) -> absl::StatusOr<int> {
+      ASSIGN_OR_RETURN(Client * client, c.Connect());
+      ASSIGN_OR_RETURN(v1::Migration migration, FindMigration(client, o->name));
+      ASSIGN_OR_RETURN(migration, client->CancelMigration(migration.name()));
+      if (o->wait) return Follow(client, migration, o->format, o->timeout);
+      RETURN_IF_ERROR(PrintResource(ParseFormat(o->format), migration, migration.name(), [&] {
+        return migration.phase() == v1::CANCELLED ? migration.name() + " is cancelled\n"
+                                                  : migration.name() + ": cancellation asked for\n";
+      }));
+      return kExitOk;
+    };
+  });
+}
+
+void AddRetune(CLI::App* app, Context* context) {
+  struct Options {
+    std::string name, bandwidth, max_downtime, format;
+  };
+  auto o = std::make_shared<Options>();
+  CLI::App* command = app->add_subcommand("retune", "Change limits of a migration under way");
+  command->add_option("NAME", o->name, "Migration, or VM that is in one")->required();
+  command->add_option("--bandwidth", o->bandwidth, "New limit a second (500MiB, 10Gbit, unlimited)")
+      ->option_text("RATE");
+  command->add_option("--max-downtime", o->max_downtime, "New blackout to aim at")->option_text("DURATION");
+  AddFormatOption(command, &o->format);
+  command->footer(
+      "Examples:\n"
+      "  batonctl retune web1 --bandwidth unlimited\n"
+      "  batonctl retune web1 --max-downtime 500ms");
+  command->callback([=] {
+    context->action = [o](Context& c) -> absl::StatusOr<int> {
+      if (o->bandwidth.empty() && o->max_downtime.empty()) {
+        return Error(absl::StatusCode::kInvalidArgument,
+                     "nothing to change: give --bandwidth or --max-downtime");
+      }
+      v1::RetuneMigrationRequest request;
+      if (!o->bandwidth.empty()) {
+        ASSIGN_OR_RETURN(uint64_t bandwidth, ParseRate(o->bandwidth));
+        request.set_bandwidth(bandwidth);
+      }
+      if (!o->max_downtime.empty())
+        RETURN_IF_ERROR(SetDuration(o->max_downtime, request.mutable_max_downtime()));
+      ASSIGN_OR_RETURN(Client * client, c.Connect());
+      ASSIGN_OR_RETURN(v1::Migration migration, FindMigration(client, o->name));
+      request.set_name(migration.name());
+      ASSIGN_OR_RETURN(migration, client->RetuneMigration(request));
+      RETURN_IF_ERROR(PrintResource(ParseFormat(o->format), migration, migration.name(),
+                                    [&] { return migration.name() + ": retuned\n"; }));
+      return kExitOk;
+    };
+  });
+}
+
+void AddMigration(CLI::App* app, Context* context) {
+  struct Options {
+    std::string name, format;
+    bool fenced = false;
+  };
+  auto o = std::make_shared<Options>();
+  CLI::App* group = app->add_subcommand("migration", "Settle migrations that cannot settle themselves");
+  group->require_subcommand(1);
+  CLI::App* command =
+      group->add_subcommand("resolve", "Let the source resume a guest whose destination is gone for good");
+  command->add_option("NAME", o->name, "Migration")->required();
+  command->add_flag("--fenced", o->fenced,
+                    "You confirm: the destination host cannot run the guest any more (powered off, cut off)");
+  AddFormatOption(command, &o->format);
+  command->footer(
+      "Only for migrations whose guest location is UNKNOWN. With a destination that may still run the guest, "
+      "two copies\n"
+      "of it would run and destroy its disk: fence the host first.\n\n"
+      "Example:\n"
+      "  batonctl migration resolve 3f2a91c0 --fenced");
+  command->callback([=] {
+    context->action = [o](Context& c) -> absl::StatusOr<int> {
+      if (!o->fenced) {
+        return Error(
+            absl::StatusCode::kInvalidArgument,
+            "resolve needs --fenced: your word that the destination host cannot run the guest any more");
+      }
+      ASSIGN_OR_RETURN(Client * client, c.Connect());
+      ASSIGN_OR_RETURN(v1::Migration migration, FindMigration(client, o->name));
+      ASSIGN_OR_RETURN(migration, client->ResolveMigration(migration.name(), true));
+      RETURN_IF_ERROR(PrintResource(ParseFormat(o->format), migration, migration.name(), [&] {
+        return fmt::format(
+            "{}: the source was told to resume; guest: {}\n", migration.name(),
+            DescribeLocation(migration.guest_location(), migration.source(), migration.destination()));
+      }));
+      return kExitOk;
+    };
+  });
+}
+
+}  // namespace
+
+void AddMigrateCommands(CLI::App* app, Context* context) {
+  AddMigrate(app, context);
+  AddWatch(app, context);
+  AddCancel(app, context);
+  AddRetune(app, context);
+  AddMigration(app, context);
+}
+
+}  // namespace baton::client
