@@ -52,7 +52,6 @@ absl::Status Mediator::Impl::Dial() {
   link_ = Link();
   ASSIGN_OR_RETURN(Connection connection,
                    Connection::Dial(options_.backend.socket(), Deadline::After(Duration(0))));
-  link_.identity = connection.PeerIdentity();
   link_.frontend = std::make_unique<Frontend>(std::move(connection));
   link_.frontend->set_on_config_change([this] { config_changed_ = true; });
   RETURN_IF_ERROR(link_.frontend->SendGetFeatures(RequestDeadline()));
@@ -130,7 +129,7 @@ void Mediator::Impl::FinishHello() {
     LoseBackend(status);
     return;
   }
-  if (!listen_) {
+  if (listen_.fd() < 0) {
     if (absl::Status listening = Listen(); !listening.ok()) {
       message_ = Message(listening);
       LOG_ERROR("device {}: {}", name(), message_);
@@ -149,6 +148,7 @@ void Mediator::Impl::FinishHello() {
 
 absl::Status Mediator::Impl::Negotiate(uint64_t features) {
   Frontend& fe = *link_.frontend;
+  link_.identity = fe.connection().PeerIdentity();
   const Deadline deadline = RequestDeadline();
   Offer offer;
   offer.features = features;

@@ -43,7 +43,6 @@ Mediator::Impl::~Impl() {
   uint64_t one = 1;
   if (wake_ && ::write(wake_.get(), &one, sizeof one) < 0) LOG_WARN("device {}: wake-up failed", name());
   if (thread_.joinable()) thread_.join();
-  if (listen_) ::unlink(options_.listen_path.c_str());
 }
 
 absl::Status Mediator::Impl::StartUp() {
@@ -79,7 +78,7 @@ absl::Status Mediator::Impl::StartUp() {
 }
 
 absl::Status Mediator::Impl::Listen() {
-  auto listening = ListenAt(options_.listen_path);
+  auto listening = UnixListener::Listen(options_.listen_path);
   if (!listening.ok()) return Annotate(listening.status(), fmt::format("device {}", name()));
   listen_ = std::move(*listening);
   return absl::OkStatus();
@@ -104,7 +103,7 @@ void Mediator::Impl::HandleEvents(int timeout_ms) {
   const bool down = link_.state == LinkState::kDown;
   pollfd p[kCount] = {
       {wake_.get(), POLLIN, 0},
-      {vmm_.valid() ? -1 : listen_.get(), POLLIN, 0},
+      {vmm_.valid() ? -1 : listen_.fd(), POLLIN, 0},
       {vmm_.fd(), POLLIN, 0},
       {link_.frontend ? link_.frontend->fd() : -1, POLLIN, 0},
       {link_.frontend ? link_.frontend->channel_fd() : -1, POLLIN, 0},

@@ -22,6 +22,7 @@
 #include "agent/vhost/frontend.h"
 #include "agent/vhost/mediator.h"
 #include "agent/vhost/quirks.h"
+#include "common/unix_socket.h"
 
 namespace baton::vhost {
 
@@ -182,10 +183,9 @@ class Mediator::Impl {
   const Quirks quirks_;
 
   // Owned by the mediator's thread (by StartUp before it runs).
-  UniqueFd listen_;
+  UnixListener listen_;
   UniqueFd inotify_;
   Connection vmm_;
-  bool vmm_was_connected_ = false;
   DeviceRecord record_;
   Link link_;
   Offer offer_;

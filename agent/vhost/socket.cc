@@ -1,15 +1,13 @@
 #include "agent/vhost/socket.h"
 
-#include <fcntl.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 
 #include <cerrno>
-#include <cstdio>
 #include <cstring>
-#include <memory>
+
+#include "common/process.h"
+#include "common/unix_socket.h"
 
 namespace baton::vhost {
 namespace {
@@ -22,34 +20,14 @@ int PollOne(int fd, short events, Deadline deadline) {
   return ::ppoll(&p, 1, &ts, nullptr);
 }
 
-absl::StatusOr<sockaddr_un> Address(const std::string& path) {
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  if (path.empty()) return absl::InvalidArgumentError("empty socket path");
-  if (path.size() >= sizeof address.sun_path) {
-    return Error(absl::StatusCode::kInvalidArgument, "{}: socket paths are limited to {} bytes", path,
-                 sizeof address.sun_path - 1);
-  }
-  std::memcpy(address.sun_path, path.data(), path.size());
-  return address;
-}
-
 }  // namespace
 
 absl::StatusOr<Connection> Connection::Dial(const std::string& path, Deadline deadline) {
-  ASSIGN_OR_RETURN(sockaddr_un address, Address(path));
-  UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!fd) return ErrnoError(errno, "socket");
-  // EAGAIN: the listener's backlog is full; AF_UNIX gives no event for that, so it is tried again.
-  while (::connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) != 0) {
-    if (errno == EINTR) continue;
-    if (errno != EAGAIN) return ErrnoError(errno, path);
-    if (deadline.Expired()) {
-      return Error(absl::StatusCode::kDeadlineExceeded,
-                   "{}: does not accept connections (its backlog is full)", path);
-    }
-    ::poll(nullptr, 0, 1);
-  }
+  ASSIGN_OR_RETURN(UniqueFd fd, ConnectUnix(path, deadline));
+  // Each message then carries who wrote it. SO_PEERCRED would name whoever called listen(2), which with an
+  // inherited socket is not the back-end.
+  int on = 1;
+  if (::setsockopt(fd.get(), SOL_SOCKET, SO_PASSCRED, &on, sizeof on) != 0) return ErrnoError(errno, path);
   return Connection(std::move(fd));
 }
 
@@ -98,7 +76,7 @@ absl::Status Connection::ReadFull(uint8_t* out, size_t size, std::vector<UniqueF
     msghdr msg{};
     msg.msg_iov = &iov;
     msg.msg_iovlen = 1;
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMaxFds)];
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMaxFds) + CMSG_SPACE(sizeof(ucred))];
     msg.msg_control = control;
     msg.msg_controllen = sizeof control;
     ssize_t n = ::recvmsg(fd_.get(), &msg, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
@@ -115,6 +93,11 @@ absl::Status Connection::ReadFull(uint8_t* out, size_t size, std::vector<UniqueF
     }
     std::vector<UniqueFd> received;
     for (cmsghdr* cmsg = CMSG_FIRSTHDR(&msg); cmsg; cmsg = CMSG_NXTHDR(&msg, cmsg)) {
+      if (cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_CREDENTIALS) {
+        ucred cred;
+        std::memcpy(&cred, CMSG_DATA(cmsg), sizeof cred);
+        peer_pid_ = cred.pid;
+      }
       if (cmsg->cmsg_level != SOL_SOCKET || cmsg->cmsg_type != SCM_RIGHTS) continue;
       size_t count = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
       for (size_t i = 0; i < count; ++i) {
@@ -157,39 +140,9 @@ absl::StatusOr<WireMessage> Connection::Receive(bool reply, Deadline deadline) {
 }
 
 std::string Connection::PeerIdentity() const {
-  ucred cred{};
-  socklen_t size = sizeof cred;
-  if (::getsockopt(fd_.get(), SOL_SOCKET, SO_PEERCRED, &cred, &size) != 0 || cred.pid <= 0) return "";
-  std::unique_ptr<FILE, int (*)(FILE*)> stat(std::fopen(fmt::format("/proc/{}/stat", cred.pid).c_str(), "re"),
-                                             std::fclose);
-  if (!stat) return "";
-  char line[1024];
-  size_t n = std::fread(line, 1, sizeof line - 1, stat.get());
-  line[n] = 0;
-  // Field 22 is the start time; the command in field 2 may hold spaces and parentheses.
-  const char* p = std::strrchr(line, ')');
-  for (int field = 2; p && field < 22; ++field) p = std::strchr(p + 1, ' ');
-  if (!p) return "";
-  return fmt::format("{}/{}", cred.pid, std::strtoull(p + 1, nullptr, 10));
-}
-
-absl::StatusOr<UniqueFd> ListenAt(const std::string& path) {
-  ASSIGN_OR_RETURN(sockaddr_un address, Address(path));
-  struct stat st;
-  if (::lstat(path.c_str(), &st) == 0) {
-    if (!S_ISSOCK(st.st_mode)) {
-      return Error(absl::StatusCode::kAlreadyExists, "{}: exists and is not a socket", path);
-    }
-    if (::unlink(path.c_str()) != 0 && errno != ENOENT) return ErrnoError(errno, path);
-  }
-  UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!fd) return ErrnoError(errno, "socket");
-  // The file gets the socket's mode at bind(2), so that nobody connects before a chmod.
-  if (::fchmod(fd.get(), 0600) != 0) return ErrnoError(errno, path);
-  if (::bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) != 0)
-    return ErrnoError(errno, path);
-  if (::listen(fd.get(), 1) != 0) return ErrnoError(errno, path);
-  return fd;
+  if (peer_pid_ <= 0) return "";
+  auto start = ProcessStartTime(peer_pid_);
+  return start.ok() ? fmt::format("{}/{}", peer_pid_, *start) : "";
 }
 
 }  // namespace baton::vhost

@@ -1,6 +1,8 @@
 // One vhost-user connection: whole messages with their descriptors, in and out, each by a deadline.
 #pragma once
 
+#include <sys/types.h>
+
 #include <span>
 #include <string>
 
@@ -34,17 +36,14 @@ class Connection {
   // between messages. DataLoss: it hung up within one. InvalidArgument: malformed header. DeadlineExceeded.
   absl::StatusOr<WireMessage> Receive(bool reply, Deadline deadline);
 
-  // Process at the other end, by SO_PEERCRED, as "pid/start time"; empty when it cannot be told. Two equal
-  // answers are the same process.
+  // Process that wrote the last message received, as "pid/start time"; empty when it cannot be told. Two
+  // equal answers are the same process. Only for connections made by Dial.
   std::string PeerIdentity() const;
 
  private:
   absl::Status ReadFull(uint8_t* out, size_t size, std::vector<UniqueFd>* fds, Deadline deadline);
   UniqueFd fd_;
+  pid_t peer_pid_ = 0;
 };
-
-// A listening socket at `path` (mode 0600), replacing a stale socket file. AlreadyExists: something that is
-// not a socket is there. ResourceExhausted: the path is too long for an AF_UNIX address.
-absl::StatusOr<UniqueFd> ListenAt(const std::string& path);
 
 }  // namespace baton::vhost

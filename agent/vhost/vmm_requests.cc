@@ -1,7 +1,6 @@
 // What the VMM asks of a device. Every request has been validated by itself (ValidateRequest) before it comes
 // here; here it is judged against the device, recorded, and forwarded when the back-end can be spoken to.
 // When it cannot, the record alone answers, and the back-end learns of it when it is built again.
-#include <sys/socket.h>
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -32,10 +31,9 @@ absl::Status Refuse(fmt::format_string<Args...> format, Args&&... args) {
 }  // namespace
 
 void Mediator::Impl::AcceptVmm() {
-  UniqueFd fd(::accept4(listen_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-  if (!fd) return;
-  vmm_ = Connection(std::move(fd));
-  vmm_was_connected_ = true;
+  auto fd = listen_.Accept();
+  if (!fd.ok() || !fd->valid()) return;
+  vmm_ = Connection(std::move(*fd));
   LOG_INFO("device {}: VMM connected", name());
 }
 

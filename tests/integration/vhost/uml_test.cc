@@ -1,0 +1,132 @@
+// The mediator between a User-Mode Linux guest and qemu-storage-daemon: real front-end, real drivers, real
+// back-end.
+#include <gtest/gtest.h>
+
+#include <csignal>
+#include <fstream>
+
+#include "agent/vhost/probe.h"
+#include "common/log.h"
+#include "tests/integration/vhost/peers.h"
+
+namespace baton::test {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+constexpr auto kBoot = seconds(30);
+constexpr auto kSoon = seconds(20);
+
+class UmlMediator : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() { InitLogging({.program = "uml_test", .level = "info", .json = false, .context = ""}); }
+
+  void SetUp() override {
+    if (!HaveUmlAndQsd()) GTEST_SKIP() << "User-Mode Linux and qemu-storage-daemon are needed";
+    ASSERT_TRUE(MakeSparseFile(image_, 64 << 20).ok());
+  }
+
+  void StartQsd(int iops = 0) {
+    qsd_.reset();
+    auto qsd = Qsd::Start({.socket = backend_, .image = image_, .queues = 1, .iops = iops});
+    ASSERT_TRUE(qsd.ok()) << qsd.status();
+    qsd_.emplace(std::move(*qsd));
+  }
+
+  vhost::MediatorOptions Options() {
+    vhost::MediatorOptions options;
+    options.spec.set_name("disk0");
+    options.spec.set_class_(v1::BLK);
+    options.backend.set_socket(backend_);
+    options.backend.set_kind(v1::QEMU_STORAGE_DAEMON);
+    options.listen_path = front_;
+    return options;
+  }
+
+  void StartMediator(vhost::MediatorOptions options) {
+    auto mediator = vhost::Mediator::Start(std::move(options), {});
+    ASSERT_TRUE(mediator.ok()) << mediator.status();
+    mediator_ = std::move(*mediator);
+  }
+
+  void StartGuest(int threads = 1, int report = 50) {
+    auto guest = UmlGuest::Start(
+        {.socket = front_, .threads = threads, .report = report, .directory = work_.Path("")});
+    ASSERT_TRUE(guest.ok()) << guest.status();
+    guest_.emplace(std::move(*guest));
+    auto started = guest_->WaitFor("PROGRESS", Deadline::After(kBoot));
+    ASSERT_TRUE(started.ok()) << started.status();
+  }
+
+  void ExpectClean() {
+    auto result = guest_->Finish(Deadline::After(kSoon));
+    ASSERT_TRUE(result.ok()) << result.status();
+    EXPECT_NE(result->find("RESULT OK"), std::string::npos) << guest_->output();
+  }
+
+  Workspace work_;
+  const std::string image_ = work_.Path("image"), backend_ = work_.Path("qsd.sock"),
+                    front_ = work_.Path("vmm.sock");
+  std::optional<Qsd> qsd_;
+  std::unique_ptr<vhost::Mediator> mediator_;
+  std::optional<UmlGuest> guest_;
+};
+
+TEST_F(UmlMediator, GuestBootsAndItsDataIsRight) {
+  StartQsd();
+  StartMediator(Options());
+  StartGuest();
+  ASSERT_TRUE(guest_->Progress(3, Deadline::After(kSoon)).ok());
+  v1::Device device = mediator_->Describe();
+  EXPECT_EQ(device.state(), v1::Device::ACTIVE);
+  EXPECT_EQ(device.queues_size(), 1);
+  EXPECT_NE(device.acked_features(), 0u);
+  ExpectClean();
+}
+
+TEST_F(UmlMediator, NoBatonThreadRunsForTheGuestsRequests) {
+  StartQsd();
+  StartMediator(Options());
+  StartGuest();
+  const uint64_t before = mediator_->wakeups();
+  ASSERT_TRUE(guest_->Progress(10, Deadline::After(kSoon)).ok());
+  EXPECT_EQ(mediator_->wakeups(), before);
+  ExpectClean();
+}
+
+TEST_F(UmlMediator, KilledBackendIsReplacedUnderTheRunningGuest) {
+  StartQsd();
+  StartMediator(Options());
+  StartGuest();
+  for (uint32_t round = 1; round <= 3; ++round) {
+    ASSERT_TRUE(guest_->Progress(2, Deadline::After(kSoon)).ok());
+    qsd_->Kill();
+    ASSERT_TRUE(
+        Eventually([&] { return mediator_->Describe().state() == v1::Device::BACKEND_LOST; }, seconds(5)));
+    StartQsd();
+    auto went_on = guest_->Progress(2, Deadline::After(kSoon));
+    ASSERT_TRUE(went_on.ok()) << went_on << " " << mediator_->Describe().message();
+    EXPECT_EQ(mediator_->Describe().reconnects(), round);
+    EXPECT_EQ(mediator_->Describe().state(), v1::Device::ACTIVE);
+  }
+  ExpectClean();
+}
+
+TEST_F(UmlMediator, LostBackendCostsNoProcessorTime) {
+  StartQsd();
+  StartMediator(Options());
+  StartGuest();
+  qsd_->Kill();
+  ASSERT_TRUE(
+      Eventually([&] { return mediator_->Describe().state() == v1::Device::BACKEND_LOST; }, seconds(5)));
+  const uint64_t before = mediator_->wakeups();
+  EXPECT_FALSE(guest_->Progress(1, Deadline::After(seconds(3))).ok());
+  EXPECT_LT(mediator_->wakeups() - before, 20u);
+  StartQsd();
+  ASSERT_TRUE(guest_->Progress(2, Deadline::After(kSoon)).ok());
+  ExpectClean();
+}
+
+}  // namespace
+}  // namespace baton::test
