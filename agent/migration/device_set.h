@@ -1,0 +1,44 @@
+// The devices of a VM as a migration sees them. Implemented over the mediators in mediator_devices.h, and by
+// fakes in tests.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "agent/memory/dirty_source.h"
+#include "agent/memory/guest_ram.h"
+#include "baton/v1/peer.pb.h"
+#include "common/clock.h"
+#include "common/status.h"
+
+namespace baton::migration {
+
+// One caller at a time: the thread of the migration.
+class DeviceSet {
+ public:
+  virtual ~DeviceSet() = default;
+
+  // --- source ---
+  // A dirty source for each device that writes guest memory by itself.
+  virtual std::vector<std::unique_ptr<memory::DirtySource>> MakeDirtySources() = 0;
+  // The next stop of the VMM is that of a migration; queues get `drain_bound` to finish what is in flight.
+  virtual absl::Status ArmStop(Duration drain_bound) = 0;
+  // The states of all stopped devices and the guest physical layout of `ram`. Errors carry the reason
+  // (DRAIN_TIMEOUT, STATE_MISMATCH, SOURCE_BACKEND_FAILED …).
+  virtual absl::StatusOr<v1::DeviceStates> CollectStates(const memory::GuestRam& ram, Deadline deadline) = 0;
+  // Time from the first to the last queue stopped, of the slowest device.
+  virtual Duration stop_duration() const = 0;
+  // The migration was given up: stops are ordinary again. Idempotent.
+  virtual absl::Status DisarmStop() = 0;
+
+  // --- destination ---
+  // Every device of this host has its state in `states` and the other way round, and the VMM will be held to
+  // it. Before the VMM starts them.
+  virtual absl::Status ExpectStates(const v1::DeviceStates& states) = 0;
+  // Compares what was shipped with what arrived in memory. `ram` has its layout.
+  virtual absl::Status VerifyAgainstMemory(const v1::DeviceStates& states, const memory::GuestRam& ram) = 0;
+  // After the VMM started the guest: OK if it started each device as expected.
+  virtual absl::Status CheckStarted() const = 0;
+};
+
+}  // namespace baton::migration

@@ -1,0 +1,87 @@
+#include "agent/migration/mediator_devices.h"
+
+#include <algorithm>
+
+namespace baton::migration {
+namespace {
+
+class MediatorDevices final : public DeviceSet {
+ public:
+  explicit MediatorDevices(std::vector<vhost::Mediator*> mediators) : mediators_(std::move(mediators)) {}
+
+  std::vector<std::unique_ptr<memory::DirtySource>> MakeDirtySources() override {
+    std::vector<std::unique_ptr<memory::DirtySource>> sources;
+    for (vhost::Mediator* mediator : mediators_) sources.push_back(mediator->MakeDirtySource());
+    return sources;
+  }
+
+  absl::Status ArmStop(Duration drain_bound) override {
+    for (vhost::Mediator* mediator : mediators_) RETURN_IF_ERROR(mediator->ArmStop(drain_bound));
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<v1::DeviceStates> CollectStates(const memory::GuestRam& ram, Deadline deadline) override {
+    v1::DeviceStates states;
+    for (vhost::Mediator* mediator : mediators_) {
+      ASSIGN_OR_RETURN(*states.add_devices(), mediator->CollectState(deadline));
+    }
+    for (const memory::GpaRange& range : ram.layout()) {
+      v1::RamRange* out = states.add_layout();
+      out->set_gpa(range.gpa);
+      out->set_size(range.size);
+      out->set_block(range.block);
+      out->set_offset(range.offset);
+    }
+    return states;
+  }
+
+  Duration stop_duration() const override {
+    Duration longest{0};
+    for (const vhost::Mediator* mediator : mediators_) longest = std::max(longest, mediator->stop_duration());
+    return longest;
+  }
+
+  absl::Status DisarmStop() override {
+    absl::Status first;
+    for (vhost::Mediator* mediator : mediators_) first.Update(mediator->DisarmStop());
+    return first;
+  }
+
+  absl::Status ExpectStates(const v1::DeviceStates& states) override {
+    if (states.devices_size() != static_cast<int>(mediators_.size()))
+      return Error(v1::STATE_MISMATCH, absl::StatusCode::kFailedPrecondition,
+                   "the source sent the state of {} devices; this side has {}", states.devices_size(),
+                   mediators_.size());
+    for (vhost::Mediator* mediator : mediators_) {
+      const auto state = std::find_if(states.devices().begin(), states.devices().end(),
+                                      [&](const v1::DeviceState& s) { return s.name() == mediator->name(); });
+      if (state == states.devices().end())
+        return Error(v1::STATE_MISMATCH, absl::StatusCode::kFailedPrecondition,
+                     "the source sent no state of device {}", mediator->name());
+      RETURN_IF_ERROR(mediator->ExpectState(*state));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status VerifyAgainstMemory(const v1::DeviceStates& states, const memory::GuestRam& ram) override {
+    for (const v1::DeviceState& state : states.devices())
+      RETURN_IF_ERROR(vhost::VerifyAgainstMemory(state, ram));
+    return absl::OkStatus();
+  }
+
+  absl::Status CheckStarted() const override {
+    for (const vhost::Mediator* mediator : mediators_) RETURN_IF_ERROR(mediator->CheckExpected());
+    return absl::OkStatus();
+  }
+
+ private:
+  const std::vector<vhost::Mediator*> mediators_;
+};
+
+}  // namespace
+
+std::unique_ptr<DeviceSet> MakeMediatorDevices(std::vector<vhost::Mediator*> mediators) {
+  return std::make_unique<MediatorDevices>(std::move(mediators));
+}
+
+}  // namespace baton::migration
