@@ -1,11 +1,10 @@
 """Base of the end-to-end tests: a cluster that the tests of a class share, made anew after a test that failed."""
 import os
 import sys
-import time
 import unittest
 
 from .cluster import Cluster, summary
-from .lab import Lab
+from .lab import Lab, wait_until
 
 BIN = os.environ.get("BATON_BIN", "build/release/bin")
 
@@ -48,15 +47,20 @@ class ClusterTest(unittest.TestCase):
             except BaseException:
                 cls.drop_cluster()
                 raise
-        self.began = time.monotonic()
         self.mark(f"--- {self._testMethodName} begins")
 
     def tearDown(self):
         self.mark(f"--- {self._testMethodName} ends")
-        if any(error for _, error in self._outcome.errors) if hasattr(self._outcome, "errors") else not self._outcome.success:
+
+    def run(self, result=None):
+        bad = len(result.failures) + len(result.errors)
+        result = super().run(result)
+        cls = type(self)
+        if len(result.failures) + len(result.errors) > bad and cls.lab is not None:
             # What a failed test left is no ground for the next one; its logs stay under its name.
-            print(f"logs of the failure: {type(self).lab.logs}", file=sys.stderr)
-            type(self).drop_cluster()
+            print(f"logs of the failure: {cls.lab.logs}", file=sys.stderr)
+            cls.drop_cluster()
+        return result
 
     def mark(self, text):
         """Into the logs, so that one can tell which test a line belongs to."""
@@ -92,7 +96,6 @@ class ClusterTest(unittest.TestCase):
 
     def assert_runs_only(self, host):
         """One guest, running, at `host`: its VMM is the only one, it goes on writing, and batond knows it there."""
-        from .lab import wait_until
         other = "b" if host == "a" else "a"
         wait_until(lambda: not self.cluster.agents[other].qemus(), lambda: f"no QEMU on host {other}, there is "
                    f"{self.cluster.agents[other].qemus()}", 30)
