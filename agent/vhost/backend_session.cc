@@ -87,11 +87,11 @@ void Mediator::Impl::LoseBackend(const absl::Status& why) {
     return;
   }
   const bool first =
-      link_.state == LinkState::kReady || link_.state == LinkState::kStopping || message_.empty();
+      link_.state == LinkState::kReady || link_.state == LinkState::kOverdue || message_.empty();
   for (auto& [index, applied] : link_.vrings) {
     if (applied.running) record_.vrings[index].lost = true;
   }
-  if (link_.state == LinkState::kReady || link_.state == LinkState::kStopping) {
+  if (link_.state == LinkState::kReady || link_.state == LinkState::kOverdue) {
     lost_identity_ = link_.identity;
     rebuild_counts_ |= record_.any_started();
     if (logging_) {
@@ -280,10 +280,18 @@ absl::Status Mediator::Impl::Forward(const absl::Status& status, absl::Status* r
   if (status.ok()) return absl::OkStatus();
   if (absl::IsFailedPrecondition(status)) {
     *refused = status;
+  } else if (link_.frontend && link_.frontend->overdue() && Armed()) {
+    AwaitOverdue(status);
   } else if (link_.frontend) {
     LoseBackend(status);
   }
   return absl::OkStatus();
+}
+
+void Mediator::Impl::AwaitOverdue(const absl::Status& why) {
+  link_.state = LinkState::kOverdue;
+  message_ = fmt::format("back-end {}: {}; waiting for it", options_.backend.socket(), Message(why));
+  LOG_WARN("device {}: {}", name(), message_);
 }
 
 absl::Status Mediator::Impl::EnsureInflight() {
@@ -376,6 +384,8 @@ absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
   }
   ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
   ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(record_.memory, ring));
+  // In order means: what was in flight are the avail entries from used->idx on.
+  if (vring.lost && (*record_.features & virtio::kFInOrder) && !link_.inflight_sent) return indices.used;
   if (link_.inflight_sent) {
     // Back-ends add what is in flight to used->idx by themselves (libvhost-user ignores the base, DPDK adds
     // to it).
@@ -399,8 +409,18 @@ absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
         absl::FailedPreconditionError(fmt::format("ring {}: {}", index, Message(recovered.status()))),
         v1::INFLIGHT_UNKNOWN);
   }
-  LOG_INFO("device {}: ring {} goes on at {} ({} requests outstanding, {})", name(), index, recovered->base,
-           recovered->outstanding, recovered->exact ? "exact" : "by the order of completions");
+  if (recovered->rewrite) {
+    for (size_t k = 0; k < recovered->heads.size(); ++k) {
+      const uint64_t slot = static_cast<uint16_t>(recovered->base + k) % ring.size;
+      RETURN_IF_ERROR(record_.memory.Write(ring.avail + 4 + 2 * slot, &recovered->heads[k], 2));
+    }
+    MarkDirty(ring.avail, virtio::SplitAvailBytes(ring.size));
+  }
+  LOG_INFO("device {}: ring {} goes on at {} with {} requests outstanding{}", name(), index, recovered->base,
+           recovered->heads.size(),
+           recovered->exact     ? ""
+           : recovered->rewrite ? " (from both rings, out of order)"
+                                : " (from both rings)");
   return recovered->base;
 }
 
@@ -418,7 +438,7 @@ absl::Status Mediator::Impl::StartVring(uint32_t index, bool inject) {
   if (vring.err.set) RETURN_IF_ERROR(SendNotifier(Request::kSetVringErr, index, vring.err));
   RETURN_IF_ERROR(SendNotifier(Request::kSetVringKick, index, vring.kick));
   AppliedVring& applied = link_.vrings[index];
-  applied = AppliedVring{.running = true, .call_stale = false, .base = std::nullopt};
+  applied = AppliedVring{.running = true, .call_stale = false, .must_stop = false, .base = std::nullopt};
   vring.lost = false;
   if (inject) {
     Inject(vring.kick);
@@ -468,23 +488,24 @@ uint32_t Mediator::Impl::UsedIndex(uint32_t index) const {
   return indices.ok() ? indices->used : fallback;
 }
 
-uint32_t Mediator::Impl::StopVring(uint32_t index, Deadline deadline) {
+uint32_t Mediator::Impl::StopVring(uint32_t index) {
   AppliedVring& applied = link_.vrings[index];
-  if (!Ready() || !applied.running) return UsedIndex(index);
+  if (!applied.running) return UsedIndex(index);
+  if (!Ready()) {
+    applied.must_stop = true;
+    return UsedIndex(index);
+  }
   Frontend& fe = *link_.frontend;
-  absl::Status sent = fe.SendGetVringBase(index, RequestDeadline());
-  auto base = sent.ok() ? fe.FinishGetVringBase(index, deadline) : absl::StatusOr<uint32_t>(sent);
+  const Deadline deadline = StopDeadline(/*begin=*/true);
+  auto base = fe.GetVringBase(index, deadline);
   if (!base.ok()) {
-    if (!absl::IsDeadlineExceeded(base.status()) || !sent.ok()) {
+    applied.must_stop = true;
+    // Slow storage or a stopped process: the answer is awaited without holding up the VMM.
+    if (fe.overdue()) {
+      AwaitOverdue(base.status());
+    } else {
       LoseBackend(base.status());
-      return UsedIndex(index);
     }
-    // Slow storage or a stopped process. The answer is awaited without holding up the VMM.
-    link_.state = LinkState::kStopping;
-    link_.stopping = index;
-    message_ = fmt::format("back-end {} does not answer GET_VRING_BASE of ring {}; waiting for it",
-                           options_.backend.socket(), index);
-    LOG_WARN("device {}: {}", name(), message_);
     return UsedIndex(index);
   }
   applied.running = false;
@@ -511,39 +532,54 @@ uint32_t Mediator::Impl::StopVring(uint32_t index, Deadline deadline) {
   return *base;
 }
 
-void Mediator::Impl::FinishOverdueStop() {
-  auto base = link_.frontend->FinishGetVringBase(link_.stopping, RequestDeadline());
-  if (!base.ok()) {
-    LoseBackend(base.status());
+void Mediator::Impl::FinishOverdue() {
+  auto reply = link_.frontend->FinishOverdue(RequestDeadline());
+  if (!reply.ok()) {
+    LoseBackend(reply.status());
     return;
   }
-  AppliedVring& applied = link_.vrings[link_.stopping];
-  applied.running = false;
-  applied.base = *base;
-  MarkRingDirty(link_.stopping);
-  LOG_INFO("device {}: the back-end answered GET_VRING_BASE of ring {}", name(), link_.stopping);
+  LOG_INFO("device {}: the back-end answered {}", name(), RequestName(reply->header.request));
+  if (reply->request() == Request::kGetVringBase) {
+    auto state = reply->As<VringState>();
+    auto it = link_.vrings.find(state.index);
+    if (it == link_.vrings.end() || !it->second.must_stop) {
+      LoseBackend(
+          Error(absl::StatusCode::kInvalidArgument, "reply to GET_VRING_BASE is about ring {}", state.index));
+      return;
+    }
+    it->second = AppliedVring{.running = false, .call_stale = false, .must_stop = false, .base = state.num};
+    MarkRingDirty(state.index);
+  }
   Reconcile();
 }
 
 void Mediator::Impl::Reconcile() {
   Frontend& fe = *link_.frontend;
-  // Rings that the VMM stopped meanwhile are stopped now, one overdue answer after the other.
+  // Rings that the VMM stopped meanwhile are stopped now, each with as much patience as the first.
   for (auto& [index, applied] : link_.vrings) {
-    if (!applied.running || record_.vrings[index].started) continue;
-    absl::Status sent = fe.SendGetVringBase(index, RequestDeadline());
-    if (!sent.ok()) {
-      LoseBackend(sent);
+    if (!applied.must_stop) continue;
+    auto base = fe.GetVringBase(index, Deadline::After(kFirstRetry));
+    if (!base.ok()) {
+      if (fe.overdue()) {
+        AwaitOverdue(base.status());
+      } else {
+        LoseBackend(base.status());
+      }
       return;
     }
-    link_.state = LinkState::kStopping;
-    link_.stopping = index;
-    return;
+    applied = AppliedVring{.running = false, .call_stale = false, .must_stop = false, .base = *base};
+    MarkRingDirty(index);
   }
   link_.state = LinkState::kReady;
   message_.clear();
   auto apply = [&]() -> absl::Status {
     if (record_.features) RETURN_IF_ERROR(SendFeatures());
-    if (std::exchange(link_.memory_stale, false)) RETURN_IF_ERROR(SendMemory());
+    if (std::exchange(link_.memory_stale, false)) {
+      // Slot by slot there is no "replace": such a table is told to a fresh connection.
+      if (record_.memory.regions().size() > kMaxTableRegions)
+        return absl::UnavailableError("the memory table changed");
+      RETURN_IF_ERROR(SendMemory());
+    }
     for (auto& [index, vring] : record_.vrings) {
       AppliedVring& applied = link_.vrings[index];
       if (vring.started && !applied.running) {

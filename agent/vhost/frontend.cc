@@ -18,7 +18,12 @@ constexpr auto kChannelMessageTime = std::chrono::milliseconds(500);
 
 absl::Status Frontend::Send(Request request, uint32_t flags, std::span<const uint8_t> payload,
                             std::span<const int> fds, Deadline deadline) {
-  return connection_.Send(static_cast<uint32_t>(request), kVersion | flags, payload, fds, deadline);
+  if (overdue_) return absl::InternalError("a request while the answer to another is overdue");
+  absl::Status sent =
+      connection_.Send(static_cast<uint32_t>(request), kVersion | flags, payload, fds, deadline);
+  // Half a message may be out; this is not a late answer.
+  if (absl::IsDeadlineExceeded(sent)) return absl::UnavailableError(Message(sent));
+  return sent;
 }
 
 absl::StatusOr<WireMessage> Frontend::Await(Request request, uint32_t sent_size, Deadline deadline) {
@@ -30,6 +35,7 @@ absl::StatusOr<WireMessage> Frontend::Await(Request request, uint32_t sent_size,
     int n = ::ppoll(p, channel_.valid() ? 2 : 1, &ts, nullptr);
     if (n < 0 && errno != EINTR) return ErrnoError(errno, "poll");
     if (n == 0) {
+      overdue_ = {request, sent_size};
       return Error(absl::StatusCode::kDeadlineExceeded, "the back-end does not answer {}", name);
     }
     if (n > 0 && channel_.valid() && p[1].revents) ServeChannel();
@@ -57,13 +63,9 @@ absl::StatusOr<uint64_t> Frontend::GetU64(Request request, Deadline deadline) {
   return reply.As<uint64_t>();
 }
 
-absl::Status Frontend::SendGetVringBase(uint32_t index, Deadline deadline) {
-  VringState state{index, 0};
-  return Send(Request::kGetVringBase, 0, Bytes(state), {}, deadline);
-}
-
-absl::StatusOr<uint32_t> Frontend::FinishGetVringBase(uint32_t index, Deadline deadline) {
-  ASSIGN_OR_RETURN(WireMessage reply, Await(Request::kGetVringBase, sizeof(VringState), deadline));
+absl::StatusOr<uint32_t> Frontend::GetVringBase(uint32_t index, Deadline deadline) {
+  VringState wanted{index, 0};
+  ASSIGN_OR_RETURN(WireMessage reply, Call(Request::kGetVringBase, Bytes(wanted), {}, deadline));
   auto state = reply.As<VringState>();
   if (state.index != index) {
     return Error(absl::StatusCode::kInvalidArgument, "reply to GET_VRING_BASE of ring {} is about ring {}",
@@ -72,9 +74,10 @@ absl::StatusOr<uint32_t> Frontend::FinishGetVringBase(uint32_t index, Deadline d
   return state.num;
 }
 
-absl::StatusOr<uint32_t> Frontend::GetVringBase(uint32_t index, Deadline deadline) {
-  RETURN_IF_ERROR(SendGetVringBase(index, deadline));
-  return FinishGetVringBase(index, deadline);
+absl::StatusOr<WireMessage> Frontend::FinishOverdue(Deadline deadline) {
+  if (!overdue_) return absl::InternalError("no answer is overdue");
+  Overdue overdue = *std::exchange(overdue_, std::nullopt);
+  return Await(overdue.request, overdue.sent_size, deadline);
 }
 
 absl::StatusOr<std::vector<uint8_t>> Frontend::GetConfig(uint32_t offset, uint32_t size, Deadline deadline) {

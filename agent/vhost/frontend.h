@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -33,10 +34,10 @@ class Frontend {
   // Requests with an answer of their own. `request` must be one that answers with a u64.
   absl::StatusOr<uint64_t> GetU64(Request request, Deadline deadline);
   absl::StatusOr<uint32_t> GetVringBase(uint32_t index, Deadline deadline);
-  // The two halves of GetVringBase, for a stop that may outlast every deadline: after SendGetVringBase
-  // nothing else may be sent until FinishGetVringBase has succeeded (call it when fd() is readable).
-  absl::Status SendGetVringBase(uint32_t index, Deadline deadline);
-  absl::StatusOr<uint32_t> FinishGetVringBase(uint32_t index, Deadline deadline);
+  // After a request that ended with kDeadlineExceeded its answer is still to come: nothing else may be sent
+  // until FinishOverdue has succeeded (call it when fd() is readable).
+  bool overdue() const { return overdue_.has_value(); }
+  absl::StatusOr<WireMessage> FinishOverdue(Deadline deadline);
   absl::StatusOr<std::vector<uint8_t>> GetConfig(uint32_t offset, uint32_t size, Deadline deadline);
   // The region that the back-end allocated, and its descriptor.
   absl::StatusOr<std::pair<InflightDescription, UniqueFd>> GetInflight(uint16_t num_queues,
@@ -70,6 +71,11 @@ class Frontend {
 
   Connection connection_;
   Connection channel_;
+  struct Overdue {
+    Request request;
+    uint32_t sent_size;
+  };
+  std::optional<Overdue> overdue_;
   uint64_t protocol_features_ = 0;
   std::function<void()> on_config_change_;
 };

@@ -124,8 +124,8 @@ void Mediator::Impl::HandleEvents(int timeout_ms) {
       case LinkState::kHello:
         FinishHello();
         break;
-      case LinkState::kStopping:
-        FinishOverdueStop();
+      case LinkState::kOverdue:
+        FinishOverdue();
         break;
       default:
         // Nothing was asked: it hung up, or speaks out of turn.
@@ -172,7 +172,11 @@ absl::Status Mediator::Impl::Run(std::function<absl::Status()> work, Deadline de
   auto future = promise->get_future();
   {
     std::lock_guard lock(mutex_);
-    posted_.push_back([promise, work = std::move(work)] { promise->set_value(work()); });
+    posted_.push_back([this, promise, work = std::move(work)] {
+      absl::Status result = work();
+      Publish();  // the caller sees what it caused
+      promise->set_value(result);
+    });
   }
   uint64_t one = 1;
   if (::write(wake_.get(), &one, sizeof one) < 0) return ErrnoError(errno, "waking the mediator");

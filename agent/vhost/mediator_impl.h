@@ -35,17 +35,18 @@ struct Offer {
 };
 
 enum class LinkState {
-  kDown,      // no connection; the next attempt is due at retry_at
-  kHello,     // connected, GET_FEATURES sent; a back-end that is busy or stopped does not answer yet
-  kReady,     // in step: requests of the VMM are forwarded
-  kStopping,  // the answer to GET_VRING_BASE is overdue; nothing may be sent before it comes
-  kHeld,      // connected, but the device cannot be built without a guess
+  kDown,     // no connection; the next attempt is due at retry_at
+  kHello,    // connected, GET_FEATURES sent; a back-end that is busy or stopped does not answer yet
+  kReady,    // in step: requests of the VMM are forwarded
+  kOverdue,  // an answer in a stop is overdue; nothing may be sent before it comes
+  kHeld,     // connected, but the device cannot be built without a guess
 };
 
 // State of a ring at the back-end, on this connection.
 struct AppliedVring {
   bool running = false;
   bool call_stale = false;  // the VMM changed the call descriptor while nothing could be sent
+  bool must_stop = false;   // the VMM stopped it while nothing could be sent
   // The answer of the back-end to GET_VRING_BASE on this connection: the true base.
   std::optional<uint32_t> base;
 };
@@ -61,7 +62,6 @@ struct Link {
   bool log_sent = false;
   std::map<uint32_t, AppliedVring> vrings;
   std::map<uint32_t, bool> enabled;
-  uint32_t stopping = 0;  // ring of the overdue GET_VRING_BASE
   Clock::time_point hello_until{};
 };
 
@@ -97,7 +97,8 @@ class Mediator::Impl {
   absl::Status Run(std::function<absl::Status()> work, Deadline deadline);
   void Publish();
   v1::Device BuildDescription() const;
-  Deadline RequestDeadline() const { return Deadline::After(options_.request_timeout); }
+  // Of an ordinary request; within the stop of a migration no more than the stop has left.
+  Deadline RequestDeadline() const;
   absl::Status Listen();
 
   // --- vmm_requests.cc ---
@@ -141,7 +142,9 @@ class Mediator::Impl {
   absl::Status Build();
   // After an overdue stop was answered: brings the back-end to what the VMM asked for meanwhile.
   void Reconcile();
-  void FinishOverdueStop();
+  void FinishOverdue();
+  // An answer did not come in time, in a stop: wait for it without holding up the VMM.
+  void AwaitOverdue(const absl::Status& why);
   // Forwards: OK, or *refused by the back-end; anything else loses the link (and counts as OK: the record has
   // it).
   absl::Status Forward(const absl::Status& status, absl::Status* refused);
@@ -164,7 +167,7 @@ class Mediator::Impl {
   absl::Status StartVring(uint32_t index, bool inject);
   // Asks the back-end for the base and watches the ring drain, until `deadline`. Returns what to tell the
   // VMM.
-  uint32_t StopVring(uint32_t index, Deadline deadline);
+  uint32_t StopVring(uint32_t index);
   // used->idx of a ring, or what was last known.
   uint32_t UsedIndex(uint32_t index) const;
   void RefreshConfig();
@@ -173,10 +176,13 @@ class Mediator::Impl {
   // --- migration_ops.cc, on the thread ---
   absl::Status EnsureLog();
   absl::Status ApplyLogging(bool on);
+  void MarkDirty(uint64_t gpa, uint64_t size);
   void MarkRingDirty(uint32_t index);
   absl::StatusOr<v1::DeviceState> BuildState();
   void CompareWithExpected(uint32_t index, uint32_t base);
-  Deadline StopDeadline();
+  // Begins the stop if `begin`, and says until when it may last.
+  Deadline StopDeadline(bool begin);
+  bool Armed() const;
 
   const MediatorOptions options_;
   const MediatorCallbacks callbacks_;

@@ -81,27 +81,38 @@ std::optional<uint64_t> MemoryTable::ToGpa(uint64_t user_addr, uint64_t size) co
   return std::nullopt;
 }
 
-absl::Status MemoryTable::Read(uint64_t gpa, void* out, size_t size) const {
+absl::StatusOr<std::pair<const MemoryTable::Region*, uint64_t>> MemoryTable::Locate(uint64_t gpa,
+                                                                                    size_t size) const {
   for (const Region& r : regions_) {
     if (gpa < r.wire.gpa || gpa - r.wire.gpa >= r.wire.size) continue;
     uint64_t offset = gpa - r.wire.gpa;
-    if (size > r.wire.size - offset) break;
-    auto* bytes = static_cast<uint8_t*>(out);
-    size_t got = 0;
-    while (got < size) {
-      ssize_t n =
-          ::pread(r.fd.get(), bytes + got, size - got, static_cast<off_t>(r.wire.mmap_offset + offset + got));
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) return ErrnoError(errno, fmt::format("reading guest memory at {:#x}", gpa));
-      if (n == 0)
-        return Error(absl::StatusCode::kOutOfRange, "guest memory at {:#x}: its file was truncated",
-                     gpa + got);
-      got += static_cast<size_t>(n);
-    }
-    return absl::OkStatus();
+    if (size <= r.wire.size - offset) return std::make_pair(&r, r.wire.mmap_offset + offset);
   }
   return Error(absl::StatusCode::kOutOfRange, "[{:#x}, {:#x}) is not within one region of guest memory", gpa,
                gpa + size);
+}
+
+absl::Status MemoryTable::Read(uint64_t gpa, void* out, size_t size) const {
+  ASSIGN_OR_RETURN(auto place, Locate(gpa, size));
+  auto* bytes = static_cast<uint8_t*>(out);
+  for (size_t got = 0; got < size;) {
+    ssize_t n =
+        ::pread(place.first->fd.get(), bytes + got, size - got, static_cast<off_t>(place.second + got));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return ErrnoError(errno, fmt::format("reading guest memory at {:#x}", gpa));
+    if (n == 0)
+      return Error(absl::StatusCode::kOutOfRange, "guest memory at {:#x}: its file was truncated", gpa + got);
+    got += static_cast<size_t>(n);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status MemoryTable::Write(uint64_t gpa, const void* data, size_t size) const {
+  ASSIGN_OR_RETURN(auto place, Locate(gpa, size));
+  ssize_t n = ::pwrite(place.first->fd.get(), data, size, static_cast<off_t>(place.second));
+  if (n != static_cast<ssize_t>(size))
+    return ErrnoError(errno, fmt::format("writing guest memory at {:#x}", gpa));
+  return absl::OkStatus();
 }
 
 }  // namespace baton::vhost

@@ -43,8 +43,12 @@ class MemoryTable : public virtio::MemoryView {
   // Guest physical address of [user_addr, user_addr + size), if it lies within one region.
   std::optional<uint64_t> ToGpa(uint64_t user_addr, uint64_t size) const;
   absl::Status Read(uint64_t gpa, void* out, size_t size) const override;
+  // The caller answers for the dirty page.
+  absl::Status Write(uint64_t gpa, const void* data, size_t size) const;
 
  private:
+  // The region that holds [gpa, gpa + size) and the file offset of its first byte.
+  absl::StatusOr<std::pair<const Region*, uint64_t>> Locate(uint64_t gpa, size_t size) const;
   static absl::StatusOr<Region> MakeRegion(const MemRegion& wire, UniqueFd fd);
   std::vector<Region> regions_;
 };

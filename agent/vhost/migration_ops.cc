@@ -9,6 +9,7 @@ namespace baton::vhost {
 
 namespace {
 constexpr uint64_t kPage = 4096;
+constexpr Duration kRoundTrip = std::chrono::milliseconds(20);
 
 void SetRange(std::vector<uint64_t>& words, uint64_t gpa, uint64_t size) {
   for (uint64_t page = gpa / kPage; page <= (gpa + size - 1) / kPage; ++page) {
@@ -102,18 +103,22 @@ absl::Status Mediator::Impl::ApplyLogging(bool on) {
   return absl::OkStatus();
 }
 
+void Mediator::Impl::MarkDirty(uint64_t gpa, uint64_t size) {
+  if (!logging_) return;
+  std::lock_guard lock(log_mutex_);
+  SetRange(carry_, gpa, size);
+}
+
 void Mediator::Impl::MarkRingDirty(uint32_t index) {
   // Not every write to a ring is logged (libvhost-user does not log avail_event, DPDK not the event area of a
   // packed ring), and a page more costs nothing.
-  if (!logging_) return;
-  std::lock_guard lock(log_mutex_);
   if (record_.packed()) {
     if (auto ring = record_.Packed(index); ring.ok()) {
-      SetRange(carry_, ring->desc, virtio::PackedDescBytes(ring->size));
-      SetRange(carry_, ring->device_event, virtio::kPackedEventBytes);
+      MarkDirty(ring->desc, virtio::PackedDescBytes(ring->size));
+      MarkDirty(ring->device_event, virtio::kPackedEventBytes);
     }
   } else if (auto ring = record_.Split(index); ring.ok()) {
-    SetRange(carry_, ring->used, virtio::SplitUsedBytes(ring->size));
+    MarkDirty(ring->used, virtio::SplitUsedBytes(ring->size));
   }
 }
 
@@ -151,15 +156,32 @@ absl::Status Mediator::Impl::DisarmStop() {
       [this] {
         std::lock_guard lock(mutex_);
         armed_.reset();
+        stop_began_.reset();
+        stop_ended_.reset();
         return absl::OkStatus();
       },
       Deadline::After(options_.request_timeout * 2));
 }
 
-Deadline Mediator::Impl::StopDeadline() {
+bool Mediator::Impl::Armed() const {
+  std::lock_guard lock(mutex_);
+  return armed_.has_value();
+}
+
+Deadline Mediator::Impl::StopDeadline(bool begin) {
   std::lock_guard lock(mutex_);
   if (!armed_) return Deadline::After(options_.stop_timeout);
-  return Deadline::At(stop_began_.value_or(Clock::now()) + *armed_);
+  if (begin && !stop_began_) stop_began_ = Clock::now();
+  // The last of many rings still gets time for a round trip.
+  Clock::time_point until = stop_began_.value_or(Clock::now()) + *armed_;
+  return Deadline::At(std::max(until, Clock::now() + kRoundTrip));
+}
+
+Deadline Mediator::Impl::RequestDeadline() const {
+  std::lock_guard lock(mutex_);
+  Deadline ordinary = Deadline::After(options_.request_timeout);
+  if (!armed_ || !stop_began_) return ordinary;
+  return ordinary.Min(Deadline::At(std::max(*stop_began_ + *armed_, Clock::now() + kRoundTrip)));
 }
 
 Duration Mediator::Impl::stop_duration() const {
@@ -210,7 +232,7 @@ absl::StatusOr<v1::DeviceState> Mediator::Impl::BuildState() {
     const std::string where = fmt::format("device {} ring {}", name(), index);
     auto it = link_.vrings.find(index);
     const bool answered = Ready() && it != link_.vrings.end() && it->second.base && !it->second.running;
-    if (link_.state == LinkState::kStopping) {
+    if (link_.state == LinkState::kOverdue) {
       return Error(v1::DRAIN_TIMEOUT, absl::StatusCode::kDeadlineExceeded, "{}: {}", where, message_);
     }
     v1::VringState* v = out.add_vrings();

@@ -309,11 +309,7 @@ absl::Status Mediator::Impl::OnGetVringBase(const WireMessage& m) {
   uint32_t told = vring.told.value_or(vring.base.value_or(0));
   if (vring.started) {
     vring.started = false;
-    {
-      std::lock_guard lock(mutex_);
-      if (armed_ && !stop_began_) stop_began_ = Clock::now();
-    }
-    told = StopVring(state.index, StopDeadline());
+    told = StopVring(state.index);
     vring.told = told;
     stop_ended_ = Clock::now();
   }
@@ -371,6 +367,7 @@ absl::Status Mediator::Impl::OnVringEnable(const WireMessage& m, absl::Status* r
   RETURN_IF_ERROR(CheckIndex(m, state.index));
   record_.vrings[state.index].enabled = state.num != 0;
   if (!Ready()) return absl::OkStatus();
+  if (state.num == 0 && Armed()) StopDeadline(/*begin=*/true);
   absl::Status sent = link_.frontend->Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline());
   if (sent.ok()) link_.enabled[state.index] = state.num != 0;
   return Forward(sent, refused);
@@ -455,7 +452,10 @@ absl::Status Mediator::Impl::OnResetDevice(absl::Status* refused) {
     vring.lost = false;
   }
   record_.status.reset();
-  if (!Ready()) return absl::OkStatus();
+  if (!Ready()) {
+    for (auto& [index, applied] : link_.vrings) applied.must_stop = applied.running;
+    return absl::OkStatus();
+  }
   link_.vrings.clear();
   link_.enabled.clear();
   return Forward(link_.frontend->Set(Request::kResetDevice, {}, {}, RequestDeadline(), true), refused);

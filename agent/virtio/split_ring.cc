@@ -1,6 +1,8 @@
 #include "agent/virtio/split_ring.h"
 
+#include <algorithm>
 #include <bit>
+#include <climits>
 
 namespace baton::virtio {
 namespace {
@@ -20,6 +22,81 @@ absl::Status Mismatch(const std::string& what) {
 
 absl::Status Unknown(const std::string& what) {
   return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition, "{}", what);
+}
+
+struct RingCopy {
+  std::vector<uint16_t> avail;
+  std::vector<UsedElem> used;
+};
+
+// What the window shows of one head. Positions count from the window's start.
+struct HeadHistory {
+  int submitted = 0;       // avail entries in the window
+  int completed = 0;       // used entries in the window
+  int last_submitted = 0;  // position of the last avail entry
+  // Highest value, over its completions, of "submissions up to and including this position, minus earlier
+  // completions". In truth, counted from the ring's beginning, it never exceeds 1.
+  int peak = INT_MIN;
+};
+
+// The window holds `completed` used entries before U and the avail entries beside them, and `outstanding`
+// avail entries from U on.
+absl::StatusOr<std::vector<uint16_t>> OutstandingHeads(const RingCopy& copy, uint16_t n, uint16_t used_idx,
+                                                       uint16_t completed, uint16_t outstanding) {
+  std::vector<HeadHistory> history(n);
+  for (int position = 0; position < completed + outstanding; ++position) {
+    const size_t slot = static_cast<uint16_t>(used_idx - completed + position) % n;
+    const uint16_t submitted = copy.avail[slot];
+    if (submitted >= n)
+      return Mismatch(fmt::format("an avail entry names head {} in a ring of {}", submitted, n));
+    ++history[submitted].submitted;
+    history[submitted].last_submitted = position;
+    if (position >= completed) continue;
+    const uint32_t done = copy.used[slot].id;
+    if (done >= n) return Mismatch(fmt::format("a used entry names head {} in a ring of {}", done, n));
+    HeadHistory& h = history[done];
+    h.peak = std::max(h.peak, h.submitted - h.completed);
+    ++h.completed;
+  }
+  // D, the difference before the window, is at most 1 - peak (see above), at most 1 - (submitted - completed)
+  // because a head is outstanding at most once, and 1 at all; and at least completed - submitted.
+  int sum_upper = 0, sum_lower = 0;
+  std::vector<int> upper(n, 0), lower(n, 0);
+  for (uint16_t head = 0; head < n; ++head) {
+    const HeadHistory& h = history[head];
+    if (h.submitted == 0 && h.completed == 0) continue;
+    upper[head] = std::min(1, 1 - (h.submitted - h.completed));
+    if (h.peak != INT_MIN) upper[head] = std::min(upper[head], 1 - h.peak);
+    lower[head] = h.completed - h.submitted;
+    if (lower[head] > upper[head]) {
+      return Unknown(
+          fmt::format("head {} was submitted {} and completed {} times in the visible window, which no order "
+                      "explains",
+                      head, h.submitted, h.completed));
+    }
+    sum_upper += upper[head];
+    sum_lower += lower[head];
+  }
+  if (sum_upper != 0 && sum_lower != 0) {
+    return Unknown(fmt::format(
+        "{} requests were in flight or waiting, and the completions in the visible window are out of "
+        "order in more than one possible way",
+        outstanding));
+  }
+  const std::vector<int>& before = sum_upper == 0 ? upper : lower;
+  std::vector<uint16_t> heads;
+  for (uint16_t head = 0; head < n; ++head) {
+    const HeadHistory& h = history[head];
+    if (before[head] + h.submitted - h.completed == 1) heads.push_back(head);
+  }
+  if (heads.size() != outstanding) {
+    return Unknown(fmt::format("{} requests were in flight or waiting, but the visible window explains {}",
+                               outstanding, heads.size()));
+  }
+  std::stable_sort(heads.begin(), heads.end(), [&](uint16_t a, uint16_t b) {
+    return history[a].last_submitted < history[b].last_submitted;
+  });
+  return heads;
 }
 
 }  // namespace
@@ -88,16 +165,16 @@ absl::Status CheckInflightHeads(uint16_t n, uint16_t last_avail, uint16_t used_i
 }
 
 absl::StatusOr<SplitRecovery> RecoverSplit(const MemoryView& memory, const SplitRing& ring,
-                                           bool allow_ordered) {
+                                           bool allow_window) {
   RETURN_IF_ERROR(CheckSplitGeometry(ring));
   const uint16_t n = ring.size;
   ASSIGN_OR_RETURN(SplitIndices before, ReadSplitIndices(memory, ring));
-  std::vector<uint16_t> avail(n);
-  std::vector<UsedElem> used(n);
-  RETURN_IF_ERROR(memory.Read(ring.avail + kRingOffset, avail.data(), size_t{n} * sizeof avail[0]));
-  RETURN_IF_ERROR(memory.Read(ring.used + kRingOffset, used.data(), size_t{n} * sizeof used[0]));
+  RingCopy copy{std::vector<uint16_t>(n), std::vector<UsedElem>(n)};
+  RETURN_IF_ERROR(memory.Read(ring.avail + kRingOffset, copy.avail.data(), size_t{n} * sizeof copy.avail[0]));
+  RETURN_IF_ERROR(memory.Read(ring.used + kRingOffset, copy.used.data(), size_t{n} * sizeof copy.used[0]));
   // The guest may have added requests while the ring was copied, and thereby overwritten the oldest slots:
-  // only slots that are younger than the second look at A minus n are judged.
+  // only slots that are younger than the second look at A minus n are judged, and not the very oldest, which
+  // the guest writes before it raises A.
   ASSIGN_OR_RETURN(SplitIndices now, ReadSplitIndices(memory, ring));
   if (now.used != before.used) {
     return Unknown(
@@ -109,37 +186,20 @@ absl::StatusOr<SplitRecovery> RecoverSplit(const MemoryView& memory, const Split
     return Mismatch(fmt::format("avail->idx {} is {} entries after used->idx {}, more than the ring's {}",
                                 now.avail, later, now.used, n));
   }
-  if (outstanding == 0) return SplitRecovery{before.used, 0, true};
-  if (!allow_ordered) {
-    return Unknown(
-        fmt::format("{} requests were in flight or waiting, and neither an in-flight region nor the rings "
-                    "tell which of them were taken",
-                    outstanding));
+  if (outstanding == 0) return SplitRecovery{before.used, {}, true, false};
+  if (!allow_window) {
+    return Unknown(fmt::format(
+        "{} requests were in flight or waiting, and there is no in-flight region that tells which",
+        outstanding));
   }
-  std::vector<bool> seen(n, false);
+  const uint16_t completed = later < n ? static_cast<uint16_t>(n - 1 - later) : 0;
+  ASSIGN_OR_RETURN(std::vector<uint16_t> heads,
+                   OutstandingHeads(copy, n, before.used, completed, outstanding));
+  SplitRecovery out{before.used, std::move(heads), false, false};
   for (uint16_t k = 0; k < outstanding; ++k) {
-    uint16_t head = avail[static_cast<uint16_t>(before.used + k) % n];
-    if (head >= n)
-      return Mismatch(fmt::format("avail entry {} names head {} in a ring of {}", before.used + k, head, n));
-    if (seen[head]) {
-      return Unknown(
-          fmt::format("head {} was made available twice without being used: an older request is in flight "
-                      "whose slot was overwritten",
-                      head));
-    }
-    seen[head] = true;
+    out.rewrite |= out.heads[k] != copy.avail[static_cast<uint16_t>(before.used + k) % n];
   }
-  // The oldest slot is left out: the guest writes it before it raises avail->idx.
-  for (uint16_t k = 1; k + later < n; ++k) {
-    uint16_t slot = static_cast<uint16_t>(before.used - k) % n;
-    if (used[slot].id != avail[slot]) {
-      return Unknown(
-          fmt::format("completion {} was for head {}, but the request made available at that place was head "
-                      "{}: the back-end completes out of order",
-                      static_cast<uint16_t>(before.used - k), used[slot].id, avail[slot]));
-    }
-  }
-  return SplitRecovery{before.used, outstanding, false};
+  return out;
 }
 
 }  // namespace baton::virtio

@@ -53,19 +53,32 @@ absl::Status CheckInflightHeads(uint16_t n, uint16_t last_avail, uint16_t used_i
 
 // Where a new back-end continues after one that died with requests in flight and kept no in-flight region.
 struct SplitRecovery {
-  // L for the new back-end; all requests from here on are (re)submitted.
+  // L for the new back-end.
   uint16_t base = 0;
-  // Requests outstanding at the time: A - U.
-  uint16_t outstanding = 0;
-  // True: nothing was outstanding. False: outstanding requests are taken to be avail entries U..A-1, because
-  // every completion still visible in the ring happened in order.
+  // Heads to submit (again): those in flight and those never fetched, oldest first. A - U of them.
+  std::vector<uint16_t> heads;
+  // True: nothing was outstanding. False: `heads` was worked out from the visible part of both rings, under
+  // the assumption that RecoverSplit names.
   bool exact = true;
+  // The avail entries from `base` on are not `heads`: they must be written there before a back-end starts.
+  // Legal while no back-end runs: the driver only writes entries from A on, and never reads one.
+  bool rewrite = false;
 };
 
-// `allow_ordered` false: only the exact answer. INFLIGHT_UNKNOWN when the ring does not tell: completions
-// were out of order (a slot of the avail ring may have been overwritten while an older request was in
-// flight), or a head occurs twice. The guest may run meanwhile.
+// Which requests are outstanding after a back-end died, while the guest may run on.
+//
+// Counting tells how many (A - U), but not which: with completions out of order the last A - U avail entries
+// are not the outstanding ones. For each head, though, its submissions and completions alternate, and the
+// next submission of a head always has a higher index than its last completion. Over the window in which both
+// rings are visible (the last n - 1 entries) that bounds, for each head, how far its submissions before the
+// window were ahead of its completions before it. The sum of these differences over all heads is zero by
+// construction, so where the bounds add up to zero every one of them is met, and the outstanding heads follow
+// without a guess.
+//
+// The assumption: no request stayed in flight while the ring went once around (it would be in neither
+// window). With `allow_window` false only the empty set is an answer. INFLIGHT_UNKNOWN says why the rings do
+// not tell.
 absl::StatusOr<SplitRecovery> RecoverSplit(const MemoryView& memory, const SplitRing& ring,
-                                           bool allow_ordered);
+                                           bool allow_window);
 
 }  // namespace baton::virtio

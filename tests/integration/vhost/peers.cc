@@ -42,7 +42,7 @@ absl::StatusOr<Qsd> Qsd::Start(const Options& o) {
   if (o.iops) {
     spawn.argv.insert(
         spawn.argv.end(),
-        {"--object", fmt::format("throttle-group,id=tg,x-iops-total={},x-iops-total-max=1", o.iops),
+        {"--object", fmt::format("throttle-group,id=tg,x-iops-total={},x-iops-total-max={}", o.iops, o.iops),
          "--blockdev", "driver=throttle,node-name=t0,file=f0,throttle-group=tg"});
     node = "t0";
   }

@@ -20,7 +20,9 @@ constexpr auto kSoon = seconds(20);
 
 class UmlMediator : public ::testing::Test {
  protected:
-  static void SetUpTestSuite() { InitLogging({.program = "uml_test", .level = "info", .json = false, .context = ""}); }
+  static void SetUpTestSuite() {
+    InitLogging({.program = "uml_test", .level = "info", .json = false, .context = ""});
+  }
 
   void SetUp() override {
     if (!HaveUmlAndQsd()) GTEST_SKIP() << "User-Mode Linux and qemu-storage-daemon are needed";
