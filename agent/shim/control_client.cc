@@ -63,7 +63,8 @@ absl::StatusOr<v1::ShimReply> ControlClient::Call(v1::ShimRequest request, Deadl
   }
   calls_.erase(id);
   if (!sent.ok()) return Annotate(sent, "request to the shim");
-  if (pending.broken)
+  // An answer that came before the end counts: a shim that stops its VM answers and leaves.
+  if (!pending.reply && pending.broken)
     return broken_.ok() ? absl::UnavailableError("the connection to the shim is closed") : broken_;
   if (!pending.reply) return absl::DeadlineExceededError("the shim did not answer in time");
   v1::ShimReply reply = std::move(*pending.reply);

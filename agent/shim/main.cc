@@ -1,0 +1,54 @@
+// baton-shim: one a VM. Started by baton-agent; lives as long as its VM is on this host.
+#include <malloc.h>
+#include <pthread.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+
+#include "agent/shim/shim.h"
+#include "common/log.h"
+#include "common/version.h"
+
+namespace {
+
+// A shim holds next to nothing; what glibc would keep for speed counts for more than speed here. One arena
+// instead of eight a core, and freed memory goes back to the system.
+void LimitMemory() {
+  ::mallopt(M_ARENA_MAX, 1);
+  ::mallopt(M_TRIM_THRESHOLD, 64 << 10);
+  ::mallopt(M_MMAP_THRESHOLD, 64 << 10);
+  pthread_attr_t attributes;
+  if (::pthread_attr_init(&attributes) == 0) {
+    ::pthread_attr_setstacksize(&attributes, 256 << 10);
+    ::pthread_setattr_default_np(&attributes);
+    ::pthread_attr_destroy(&attributes);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  LimitMemory();
+  std::string dir;
+  baton::LogOptions log;
+  log.program = "baton-shim";
+  {
+    CLI::App app{
+        "Serves one VM of this host: stands between its vhost-user devices and their back-ends, and moves "
+        "it."};
+    app.add_option("--dir", dir, "State directory of the VM; holds shim.conf, which baton-agent wrote")
+        ->required();
+    app.add_option("--log-level", log.level, "trace, debug, info, warn or error");
+    app.add_flag("--log-json", log.json, "One JSON object a line");
+    app.set_version_flag("--version", std::string("baton-shim ") + baton::kVersion);
+    CLI11_PARSE(app, argc, argv);
+  }
+  log.context = "vm=" + dir.substr(dir.find_last_of('/') + 1);
+  baton::InitLogging(log);
+  auto shim = baton::shim::Shim::Create(dir);
+  if (!shim.ok()) {
+    LOG_ERROR("cannot start: {}", baton::Message(shim.status()));
+    return 1;
+  }
+  return (*shim)->Run();
+}
