@@ -68,6 +68,9 @@ absl::StatusOr<v1::Migration> FindMigration(Client* client, const std::string& n
 // `get vms`, which `vm list` is too. `host` empty: all.
 absl::StatusOr<int> ListVms(Context& context, const std::string& host, const std::string& format);
 
+// `get policies`, which `policy get` without a name is too.
+absl::StatusOr<int> ListPolicies(Context& context, const std::string& format);
+
 // Each registers its commands.
 void AddGetCommands(CLI::App* app, Context* context);
 void AddDescribeCommands(CLI::App* app, Context* context);
@@ -77,6 +80,6 @@ void AddHostCommands(CLI::App* app, Context* context);
 void AddPolicyCommands(CLI::App* app, Context* context);
 void AddTopCommand(CLI::App* app, Context* context);
 void AddReportCommand(CLI::App* app, Context* context);
-void AddCompletionCommands(CLI::App* app, Context* context);
+void AddCompletionCommand(CLI::App* app, Context* context);
 
 }  // namespace baton::client

@@ -144,6 +144,12 @@ absl::StatusOr<int> ListVms(Context& context, const std::string& host, const std
   return GetVms(context, options);
 }
 
+absl::StatusOr<int> ListPolicies(Context& context, const std::string& format) {
+  GetOptions options;
+  options.format = format;
+  return GetPolicies(context, options);
+}
+
 void AddGetCommands(CLI::App* app, Context* context) {
   CLI::App* get = app->add_subcommand("get", "List resources, or show some by name");
   get->require_subcommand(1);

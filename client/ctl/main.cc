@@ -4,9 +4,11 @@
 #include <CLI/CLI.hpp>
 #include <exception>
 
+#include "client/ctl/completion.h"
 #include "client/ctl/context.h"
 #include "client/ctl/exit_codes.h"
 #include "client/lib/errors.h"
+#include "common/units.h"
 #include "common/version.h"
 
 namespace baton::client {
@@ -66,18 +68,51 @@ int Fail(const Context& context, const absl::Status& status) {
   return ExitCodeFor(status);
 }
 
+// The first word that is no option and no command although a command was expected there, or empty.
+std::string UnknownCommand(CLI::App* app, const std::vector<std::string>& words, CLI::App** where) {
+  CLI::App* command = app;
+  for (size_t i = 0; i < words.size(); ++i) {
+    *where = command;
+    if (words[i].empty() || words[i][0] == '-') {
+      // An option of the connection with its value; those of other commands come after the command.
+      CLI::Option* option = app->get_option_no_throw(words[i]);
+      if (option != nullptr && option->get_items_expected_max() > 0) ++i;
+      continue;
+    }
+    if (command->get_require_subcommand_min() == 0) return "";
+    CLI::App* next = nullptr;
+    for (CLI::App* sub : command->get_subcommands([](CLI::App*) { return true; })) {
+      if (sub->check_name(words[i])) next = sub;
+    }
+    if (next == nullptr) return words[i];
+    command = next;
+  }
+  *where = command;
+  return "";
+}
+
 // What CLI11 found wrong, as our own kind of error: its exit codes are its own, and its text lacks where to
 // look next.
-int FailUsage(const CLI::App& app, const Context& context, const CLI::ParseError& error) {
-  const CLI::App* command = &app;
-  std::string path = "batonctl";
-  while (!command->get_subcommands().empty()) {
-    command = command->get_subcommands().front();
-    path += " " + command->get_name();
+int FailUsage(CLI::App* app, const Context& context, const CLI::ParseError& error,
+              const std::vector<std::string>& words) {
+  CLI::App* command = app;
+  std::string what = error.what();
+  std::string unknown = UnknownCommand(app, words, &command);
+  std::vector<std::string> commands;
+  for (CLI::App* sub : command->get_subcommands([](CLI::App*) { return true; }))
+    commands.push_back(sub->get_name());
+  if (!unknown.empty()) {
+    what = fmt::format("unknown command '{}'", unknown);
+    if (auto near = Nearest(unknown, commands)) what += fmt::format("; did you mean '{}'?", *near);
+  } else if (!commands.empty()) {
+    what = "a command is missing: ";
+    for (size_t i = 0; i < commands.size(); ++i) what += (i == 0 ? "" : ", ") + commands[i];
   }
-  absl::Status status = absl::InvalidArgumentError(error.what());
-  if (context.json_errors) return Fail(context, status);
-  PrintError(std::string("error: ") + error.what() + "\n  next:  " + path + " --help\n");
+  std::string path = command->get_name();
+  for (CLI::App* at = command->get_parent(); at != nullptr; at = at->get_parent())
+    path = at->get_name() + " " + path;
+  if (context.json_errors) return Fail(context, absl::InvalidArgumentError(what));
+  PrintError("error: " + what + "\n  next:  " + path + " --help\n");
   return kExitUsage;
 }
 
@@ -87,6 +122,9 @@ int Main(int argc, char** argv) {
   app.require_subcommand(1);
   app.fallthrough();
   app.get_formatter()->column_width(34);
+  // Placeholders stand in capitals already; types would only repeat "TEXT".
+  app.get_formatter()->label("TEXT", "");
+  app.get_formatter()->label("REQUIRED", "(required)");
   app.set_version_flag("--version", std::string("batonctl ") + kVersion, "Print the version");
   AddGlobalOptions(&app, &context);
   AddGetCommands(&app, &context);
@@ -94,6 +132,10 @@ int Main(int argc, char** argv) {
   AddVmCommands(&app, &context);
   AddMigrateCommands(&app, &context);
   AddHostCommands(&app, &context);
+  AddPolicyCommands(&app, &context);
+  AddTopCommand(&app, &context);
+  AddReportCommand(&app, &context);
+  AddCompletionCommand(&app, &context);
   AddVersion(&app, &context);
   app.footer(ExitCodeHelp() +
              "\n\nExamples:\n"
@@ -102,13 +144,16 @@ int Main(int argc, char** argv) {
              "  batonctl migrate web1 --to b --dry-run\n"
              "  batonctl migrate web1 --to b\n"
              "  batonctl watch web1\n");
+  // Asked by the completion script; the words are no command line of ours.
+  if (argc >= 2 && std::string(argv[1]) == "__complete")
+    return RunComplete(app, &context, {argv + 2, argv + argc});
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& success) {
     // --help and --version.
     return app.exit(success);
   } catch (const CLI::ParseError& error) {
-    return FailUsage(app, context, error);
+    return FailUsage(&app, context, error, {argv + 1, argv + argc});
   }
   if (!context.action) return Fail(context, absl::InternalError("no command"));
   absl::StatusOr<int> code = context.action(context);

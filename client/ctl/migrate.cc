@@ -8,6 +8,7 @@
 #include "client/ctl/context.h"
 #include "client/ctl/exit_codes.h"
 #include "client/ctl/follow.h"
+#include "client/ctl/params.h"
 #include "client/ctl/show.h"
 #include "client/lib/errors.h"
 #include "client/lib/units.h"
@@ -16,14 +17,12 @@ namespace baton::client {
 namespace {
 
 struct MigrateOptions {
-  std::string vm, to, policy, bandwidth, max_downtime, max_duration, drain_timeout, on_stall, request_id,
-      timeout, format;
+  std::string vm, to, policy, request_id, timeout, format;
+  std::shared_ptr<ParamOptions> params;
   std::vector<std::string> labels;
-  std::optional<uint32_t> channels;
   bool dry_run = false;
-  bool wait = true;
-  bool tls = false;
-  bool tls_given = false;
+  bool wait = false;  // the default; there so that scripts can say it
+  bool no_wait = false;
 };
 
 absl::Status SetDuration(const std::string& text, google::protobuf::Duration* out) {
@@ -40,20 +39,9 @@ absl::StatusOr<v1::CreateMigrationRequest> BuildRequest(const MigrateOptions& o)
   if (!o.policy.empty()) {
     ASSIGN_OR_RETURN(*migration.mutable_policy(), FullName(Collection::kPolicies, o.policy));
   }
-  v1::MigrationParams params;
-  if (!o.bandwidth.empty()) {
-    ASSIGN_OR_RETURN(uint64_t bandwidth, ParseRate(o.bandwidth));
-    params.set_bandwidth(bandwidth);
-  }
-  if (!o.max_downtime.empty()) RETURN_IF_ERROR(SetDuration(o.max_downtime, params.mutable_max_downtime()));
-  if (!o.max_duration.empty()) RETURN_IF_ERROR(SetDuration(o.max_duration, params.mutable_max_duration()));
-  if (!o.drain_timeout.empty()) RETURN_IF_ERROR(SetDuration(o.drain_timeout, params.mutable_drain_timeout()));
-  if (o.channels) params.set_channels(*o.channels);
-  if (o.tls_given) params.set_tls(o.tls);
-  if (o.on_stall == "abort") params.set_on_stall(v1::ON_STALL_ABORT);
-  if (o.on_stall == "raise-downtime") params.set_on_stall(v1::ON_STALL_RAISE_DOWNTIME);
-  if (o.on_stall == "switchover") params.set_on_stall(v1::ON_STALL_SWITCHOVER);
-  if (params.ByteSizeLong() > 0 || o.tls_given) *migration.mutable_params() = params;
+  std::vector<std::string> given;
+  ASSIGN_OR_RETURN(v1::MigrationParams params, BuildParams(*o.params, &given));
+  if (!given.empty()) *migration.mutable_params() = params;
   for (const std::string& label : o.labels) {
     size_t equals = label.find('=');
     if (equals == std::string::npos || equals == 0) {
@@ -128,7 +116,7 @@ absl::StatusOr<int> Migrate(Context& context, const MigrateOptions& o) {
         o.vm, request.request_id()));
     ASSIGN_OR_RETURN(migration, client->CreateMigration(&request, client->options().request_timeout));
   }
-  if (o.wait) return Follow(client, migration, o.format, o.timeout);
+  if (!o.no_wait) return Follow(client, migration, o.format, o.timeout);
   RETURN_IF_ERROR(PrintResource(ParseFormat(o.format), migration, migration.name(), [&] {
     return fmt::format("{} created\n  follow it: batonctl watch {}\n", migration.name(),
                        ShortName(migration.name()));
@@ -140,29 +128,15 @@ void AddMigrate(CLI::App* app, Context* context) {
   auto o = std::make_shared<MigrateOptions>();
   CLI::App* command = app->add_subcommand("migrate", "Move a running VM to another host");
   command->add_option("VM", o->vm, "The VM")->required();
-  command->add_option("--to", o->to, "Destination host")->required()->option_text("HOST");
+  command->add_option("--to", o->to, "Destination host (required)")->required()->option_text("HOST");
   command->add_flag("--dry-run", o->dry_run, "Run every check and forecast, start nothing");
-  command->add_flag("--wait,!--no-wait", o->wait,
-                    "Follow the migration to its end (default), or return once it is recorded");
+  command->add_flag("--no-wait", o->no_wait, "Return once it is recorded instead of following it to its end");
+  command->add_flag("--wait", o->wait, "Follow the migration to its end (the default)")
+      ->excludes("--no-wait");
   command->add_option("--timeout", o->timeout, "Stop waiting after this long (exit 8); the migration goes on")
       ->option_text("DURATION");
   command->add_option("--policy", o->policy, "Policy (default: default)")->option_text("POLICY");
-  command->add_option("--max-downtime", o->max_downtime, "Blackout to aim at (300ms)")
-      ->option_text("DURATION");
-  command->add_option("--max-duration", o->max_duration, "Give up after this long")->option_text("DURATION");
-  command->add_option("--bandwidth", o->bandwidth, "Limit a second (500MiB, 10Gbit, unlimited)")
-      ->option_text("RATE");
-  command->add_option("--channels", o->channels, "Parallel connections; 0: chosen by the agent")
-      ->check(CLI::Range(0, 64))
-      ->option_text("N");
-  command->add_option("--drain-timeout", o->drain_timeout, "Bound of stopping a device")
-      ->option_text("DURATION");
-  command
-      ->add_option("--on-stall", o->on_stall,
-                   "When rounds bring no progress: abort, raise-downtime or switchover")
-      ->check(CLI::IsMember({"abort", "raise-downtime", "switchover"}))
-      ->option_text("ANSWER");
-  command->add_flag("--tls,!--no-tls", o->tls, "Encrypt the stream between the hosts, or not");
+  o->params = AddParamOptions(command);
   command->add_option("--label", o->labels, "Free text for the record; may be repeated")
       ->option_text("KEY=VALUE");
   command
@@ -177,10 +151,7 @@ void AddMigrate(CLI::App* app, Context* context) {
       "  batonctl migrate web1 --to b --dry-run\n"
       "  batonctl migrate web1 --to b --max-downtime 50ms --bandwidth 10Gbit --timeout 10m\n"
       "  batonctl migrate web1 --to b --no-wait -o name");
-  command->callback([=] {
-    o->tls_given = command->get_option("--tls")->count() > 0;
-    context->action = [o](Context& c) { return Migrate(c, *o); };
-  });
+  command->callback([=] { context->action = [o](Context& c) { return Migrate(c, *o); }; });
 }
 
 absl::StatusOr<int> Watch(Context& context, const std::vector<std::string>& words, const std::string& format,

@@ -40,7 +40,7 @@ void AddStart(CLI::App* vm, Context* context) {
   auto o = std::make_shared<Options>();
   CLI::App* command = vm->add_subcommand("start", "Start a VM from a spec file");
   command->add_option("SPEC", o->spec, "YAML file (docs/vm-spec.md); '-' reads standard input")->required();
-  command->add_option("--host", o->host, "Host that shall run it")->required()->option_text("HOST");
+  command->add_option("--host", o->host, "Host that shall run it (required)")->required()->option_text("HOST");
   command->add_option("--timeout", o->timeout, "How long starting may take (default 2m)")
       ->option_text("DURATION");
   command->add_option("--request-id", o->request_id, "Makes repeating the command harmless")

@@ -368,6 +368,9 @@ void* RunPowerButton(void*) {
   return nullptr;
 }
 
+// Answers so far; used by the thread that obeys.
+uint64_t answers = 0;
+
 void Status(const char* word) {
   uint64_t reads = 0;
   char counts[256] = "";
@@ -377,11 +380,12 @@ void Status(const char* word) {
     used += snprintf(counts + used, sizeof(counts) - used, "%s%lu", i ? "," : "", writers[i].sequence.load());
     if (used >= sizeof(counts)) break;
   }
-  Say("%s writes=%lu reads=%lu errors=%lu stops=%lu stop_us=%lu gap_us=%lu cpu_gap_us=%lu memory_writes=%lu "
+  Say("%s n=%lu writes=%lu reads=%lu errors=%lu stops=%lu stop_us=%lu gap_us=%lu cpu_gap_us=%lu "
+      "memory_writes=%lu "
       "memory_errors=%lu clock=%s run=%016lx region_blocks=%lu writers=%s",
-      word, total_writes.load(), reads, errors.load(), stops.load(), longest_stop.load(), io_gap.Longest(),
-      cpu_gap.Longest(), memory_writes.load(), memory_errors.load(), have_cmos ? "cmos" : "guest", run,
-      writers[0].blocks, counts);
+      word, ++answers, total_writes.load(), reads, errors.load(), stops.load(), longest_stop.load(),
+      io_gap.Longest(), cpu_gap.Longest(), memory_writes.load(), memory_errors.load(),
+      have_cmos ? "cmos" : "guest", run, writers[0].blocks, counts);
 }
 
 void FinalCheck() {
@@ -411,13 +415,13 @@ void Obey(char command) {
       cpu_gap.Reset();
       stops = 0;
       longest_stop = 0;
-      return Say("RESET");
+      return Say("RESET n=%lu", ++answers);
     case 'q':
       return FinalCheck();
     case 'g':
       io_gap.Reset();
       stopped = false;
-      return Say("GO");
+      return Say("GO n=%lu", ++answers);
     case 'x':
       return PowerOff();
     default:

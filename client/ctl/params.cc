@@ -1,0 +1,103 @@
+#include "client/ctl/params.h"
+
+#include <CLI/CLI.hpp>
+
+#include "client/lib/units.h"
+
+namespace baton::client {
+namespace {
+
+absl::Status SetDuration(const std::string& option, const std::string& text,
+                         google::protobuf::Duration* out) {
+  auto duration = ParseDuration(text);
+  if (!duration.ok()) return Annotate(duration.status(), option);
+  *out = FromDuration(*duration);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+std::shared_ptr<ParamOptions> AddParamOptions(CLI::App* command) {
+  auto o = std::make_shared<ParamOptions>();
+  const std::string group = "Parameters";
+  auto text = [&](const std::string& name, std::string* field, const std::string& help,
+                  const std::string& value) {
+    return command->add_option(name, *field, help)->option_text(value)->group(group);
+  };
+  text("--max-downtime", &o->max_downtime, "Blackout to aim at (300ms)", "DURATION");
+  text("--max-duration", &o->max_duration, "Give up after this long (1h)", "DURATION");
+  text("--bandwidth", &o->bandwidth, "Limit a second (500MiB, 10Gbit, unlimited)", "RATE");
+  text("--drain-timeout", &o->drain_timeout, "Bound of stopping a device (5s)", "DURATION");
+  text("--on-stall", &o->on_stall, "When rounds bring no progress: abort, raise-downtime or switchover",
+       "ANSWER")
+      ->check(CLI::IsMember({"abort", "raise-downtime", "switchover"}));
+  command
+      ->add_option("--max-stalled-rounds", o->max_stalled_rounds, "Rounds without progress before that (5)")
+      ->option_text("N")
+      ->group(group);
+  command->add_option("--channels", o->channels, "Parallel connections; 0: chosen by the agent")
+      ->check(CLI::Range(0, 64))
+      ->option_text("N")
+      ->group(group);
+  command
+      ->add_flag_callback(
+          "--tls", [o] { o->tls = o->tls_given = true; }, "Encrypt the stream between the hosts")
+      ->group(group);
+  command
+      ->add_flag_callback(
+          "--no-tls",
+          [o] {
+            o->tls = false;
+            o->tls_given = true;
+          },
+          "Do not encrypt it")
+      ->excludes("--tls")
+      ->group(group);
+  return o;
+}
+
+absl::StatusOr<v1::MigrationParams> BuildParams(const ParamOptions& o, std::vector<std::string>* paths) {
+  v1::MigrationParams params;
+  auto given = [&](const std::string& path) {
+    if (paths != nullptr) paths->push_back(path);
+  };
+  if (!o.max_downtime.empty()) {
+    RETURN_IF_ERROR(SetDuration("--max-downtime", o.max_downtime, params.mutable_max_downtime()));
+    given("max_downtime");
+  }
+  if (!o.max_duration.empty()) {
+    RETURN_IF_ERROR(SetDuration("--max-duration", o.max_duration, params.mutable_max_duration()));
+    given("max_duration");
+  }
+  if (!o.bandwidth.empty()) {
+    auto bandwidth = ParseRate(o.bandwidth);
+    if (!bandwidth.ok()) return Annotate(bandwidth.status(), "--bandwidth");
+    params.set_bandwidth(*bandwidth);
+    given("bandwidth");
+  }
+  if (!o.drain_timeout.empty()) {
+    RETURN_IF_ERROR(SetDuration("--drain-timeout", o.drain_timeout, params.mutable_drain_timeout()));
+    given("drain_timeout");
+  }
+  if (!o.on_stall.empty()) {
+    params.set_on_stall(o.on_stall == "abort"            ? v1::ON_STALL_ABORT
+                        : o.on_stall == "raise-downtime" ? v1::ON_STALL_RAISE_DOWNTIME
+                                                         : v1::ON_STALL_SWITCHOVER);
+    given("on_stall");
+  }
+  if (o.max_stalled_rounds) {
+    params.set_max_stalled_rounds(*o.max_stalled_rounds);
+    given("max_stalled_rounds");
+  }
+  if (o.channels) {
+    params.set_channels(*o.channels);
+    given("channels");
+  }
+  if (o.tls_given) {
+    params.set_tls(o.tls);
+    given("tls");
+  }
+  return params;
+}
+
+}  // namespace baton::client

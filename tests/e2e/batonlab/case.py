@@ -1,0 +1,111 @@
+"""Base of the end-to-end tests: a cluster that the tests of a class share, made anew after a test that failed."""
+import os
+import sys
+import unittest
+
+from .cluster import Cluster, summary
+from .lab import Lab, wait_until
+
+BIN = os.environ.get("BATON_BIN", "build/release/bin")
+
+
+class ClusterTest(unittest.TestCase):
+    SECURE = False
+    QEMU = None
+    # QEMU of the specs, a key of QEMU.
+    SPEC = {}
+    STORAGE = "qemu-storage-daemon"
+    # Guest options: enough memory traffic for several rounds, and a disk that is never idle.
+    CMDLINE = "lab.pages=4096 lab.dirty=1500"
+
+    lab = None
+    cluster = None
+    guest = None
+    maxDiff = None
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.drop_cluster()
+
+    @classmethod
+    def drop_cluster(cls):
+        if cls.lab is None:
+            return
+        lab, cls.lab, cls.cluster, cls.guest = cls.lab, None, None, None
+        lab.close()
+        left = lab.leftovers()
+        if left:
+            raise AssertionError("left behind: " + ", ".join(left))
+
+    def setUp(self):
+        cls = type(self)
+        if cls.lab is None:
+            cls.lab = Lab(os.path.join("e2e", f"{cls.__name__}-{self._testMethodName}"), BIN)
+            try:
+                cls.cluster = Cluster(cls.lab, secure=cls.SECURE, qemu=cls.QEMU, storage_program=cls.STORAGE)
+                cls.cluster.__enter__()
+            except BaseException:
+                cls.drop_cluster()
+                raise
+        self.mark(f"--- {self._testMethodName} begins")
+
+    def tearDown(self):
+        self.mark(f"--- {self._testMethodName} ends")
+
+    def run(self, result=None):
+        bad = len(result.failures) + len(result.errors)
+        result = super().run(result)
+        cls = type(self)
+        if len(result.failures) + len(result.errors) > bad and cls.lab is not None:
+            # What a failed test left is no ground for the next one; its logs stay under its name.
+            print(f"logs of the failure: {cls.lab.logs}", file=sys.stderr)
+            cls.drop_cluster()
+        return result
+
+    def mark(self, text):
+        """Into the logs, so that one can tell which test a line belongs to."""
+        cls = type(self)
+        for name in os.listdir(cls.lab.logs):
+            if name.endswith(".log"):
+                with open(os.path.join(cls.lab.logs, name), "a", encoding="utf-8") as log:
+                    log.write(text + "\n")
+
+    # --- steps ---
+
+    def have_guest(self, host="a"):
+        """A running guest on `host`: the one there is (moved if needed), or a new one."""
+        cls = type(self)
+        if cls.guest is None:
+            cls.guest = cls.cluster.start_guest(host, cmdline=self.CMDLINE, **self.SPEC)
+        elif cls.cluster.host_of() != host:
+            self.move(host)
+        return cls.guest
+
+    def lose_guest(self):
+        """The guest is gone for good; the next test starts another one."""
+        cls = type(self)
+        cls.cluster.ctl("vm", "stop", "vm1", "--force", check=False)
+        cls.guest = None
+
+    def move(self, to, options=()):
+        migration = self.cluster.migrate(to, options=options)
+        self.assertEqual(migration["phase"], "SUCCEEDED", summary(migration))
+        self.assertEqual(migration["guest_location"], "DESTINATION", summary(migration))
+        self.assert_runs_only(to)
+        return migration
+
+    def assert_runs_only(self, host):
+        """One guest, running, at `host`: its VMM is the only one, it goes on writing, and batond knows it there."""
+        other = "b" if host == "a" else "a"
+        wait_until(lambda: not self.cluster.agents[other].qemus(), lambda: f"no QEMU on host {other}, there is "
+                   f"{self.cluster.agents[other].qemus()}", 30)
+        wait_until(lambda: (self.cluster.vm() or {}).get("state") == "RUNNING" and self.cluster.host_of() == host,
+                   lambda: f"vm1 running on {host} by batond's account, which says {self.cluster.vm()}", 30, pause=0.1)
+        self.assertEqual(len(self.cluster.agents[host].qemus()), 1)
+        self.guest.wait_writes(20)
+
+    def assert_clean(self):
+        """The guest's own full check, and the disk image from outside."""
+        result, sentence = self.guest.verify()
+        self.assertEqual((result["errors"], result["memory_errors"]), ("0", "0"), result["line"])
+        self.assertIn("none lost, none repeated", sentence)

@@ -1,0 +1,300 @@
+"""batond, two agents as two hosts, a storage daemon on each over one disk image, and a guest that moves."""
+import json
+import os
+import subprocess
+import time
+
+from .certificates import Authority
+from .guest import Guest
+from .lab import ROOT, LabError, wait_until
+from .network import Loopback, Namespaces
+
+GUEST_MEMORY = "256MiB"
+HOSTS = ("a", "b")
+
+
+def yaml(value, indent=0):
+    """The little YAML that configuration files need: maps of maps and scalars, JSON where it is a list."""
+    lines = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            lines.append(" " * indent + f"{json.dumps(key) if '*' in key else key}:")
+            lines.append(yaml(item, indent + 2))
+        else:
+            lines.append(" " * indent + f"{key}: {json.dumps(item)}")
+    return "\n".join(lines)
+
+
+def build_guest(lab):
+    """Directory of the lab guest's kernel and initramfs."""
+    directory = os.path.join(ROOT, "build", "guest")
+    lab.run([os.path.join(ROOT, "tests/lab/guest/build.sh"), directory], timeout=300)
+    return directory
+
+
+class StorageDaemon:
+    """qemu-storage-daemon with one vhost-user-blk export of the shared image."""
+
+    def __init__(self, cluster, host, program="qemu-storage-daemon"):
+        self.cluster, self.host, self.program = cluster, host, program
+        self.socket = os.path.join(cluster.lab.dir, f"{host}-disk0.sock")
+        self.process = None
+
+    def start(self):
+        if os.path.exists(self.socket):
+            os.unlink(self.socket)
+        self.process = self.cluster.lab.spawn(
+            [self.program, "--blockdev", f"driver=file,node-name=file,filename={self.cluster.image},locking=off",
+             "--export", f"type=vhost-user-blk,id=disk0,node-name=file,addr.type=unix,addr.path={self.socket},"
+             "writable=on,num-queues=1"], f"storage-{self.host}", host=self.host)
+        wait_until(lambda: os.path.exists(self.socket) or self.process.poll() is not None, f"storage daemon {self.host}")
+        if self.process.poll() is not None:
+            raise LabError(f"qemu-storage-daemon ended, see logs/{self.cluster.lab.name}/storage-{self.host}.log")
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class Batond:
+    def __init__(self, cluster):
+        self.cluster = cluster
+        self.process = None
+        network = cluster.network
+        self.port = network.port("control")
+        self.state_dir = os.path.join(cluster.lab.dir, "batond")
+        self.metrics_port = network.port("control") + (1 if network.secure else 0)
+        os.makedirs(self.state_dir)
+        # The place for what batond is told; the agents and batonctl find it by address().
+        self.config = os.path.join(cluster.lab.dir, "batond.yaml")
+        settings = {
+            "listen": f"{'0.0.0.0' if network.secure else network.address('control')}:{self.port}",
+            "metrics": f"127.0.0.1:{self.metrics_port}",
+            "state_dir": self.state_dir,
+        }
+        if network.secure:
+            settings["tls"] = cluster.authority.issue("batond", "/CN=batond", network.all_addresses("control"))
+        with open(self.config, "w", encoding="utf-8") as file:
+            file.write(yaml(settings) + "\n")
+
+    def address(self, seen_from="control"):
+        return f"{self.cluster.network.address('control', seen_from)}:{self.port}"
+
+    def start(self):
+        self.process = self.cluster.lab.spawn([self.cluster.lab.program("batond"), "--config", self.config], "batond",
+                                              prefix=self.cluster.network.prefix("control"))
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class Agent:
+    """A host."""
+
+    def __init__(self, cluster, name):
+        self.cluster, self.name = cluster, name
+        lab, network = cluster.lab, cluster.network
+        self.process = None
+        self.dir = os.path.join(lab.dir, name)
+        self.run_dir = os.path.join(self.dir, "run")
+        self.state_dir = os.path.join(self.dir, "state")
+        self.memory_dir = os.path.join(lab.memory_dir, name)
+        os.makedirs(self.dir)
+        self.storage = StorageDaemon(cluster, name, cluster.storage_program)
+        self.pause_file = os.path.join(self.dir, "pause-at")
+        self.set_pause()
+        other = "b" if name == "a" else "a"
+        settings = {
+            "name": name,
+            "batond": cluster.batond.address(name),
+            "run_dir": self.run_dir,
+            "state_dir": self.state_dir,
+            "memory_dir": self.memory_dir,
+            "metrics": f"127.0.0.1:{network.port(name) + (2 if network.secure else 0)}",
+            "peer": {"listen": f"{network.address(name, other)}:{network.port(name) + (1 if network.secure else 0)}"},
+            "qemu": cluster.qemu,
+            "kvm": cluster.kvm,
+            "backends": {"disk0": {"socket": self.storage.socket, "kind": "qemu-storage-daemon"}},
+        }
+        if network.secure:
+            pem = cluster.authority.issue(f"agent-{name}", f"/CN={name}/OU=agent", network.all_addresses(name))
+            settings["tls"] = pem
+            settings["peer"].update({"tls": True, **pem})
+        self.config = os.path.join(self.dir, "agent.yaml")
+        self.settings = settings
+        self.write_config()
+
+    def write_config(self):
+        with open(self.config, "w", encoding="utf-8") as file:
+            file.write(yaml(self.settings) + "\n")
+
+    def set_pause(self, *points):
+        """At which points the shims of this host wait from now on."""
+        with open(self.pause_file, "w", encoding="utf-8") as file:
+            file.write(",".join(points))
+
+    def start(self):
+        self.process = self.cluster.lab.spawn(
+            [self.cluster.lab.program("baton-agent"), "--config", self.config], f"agent-{self.name}", host=self.name,
+            prefix=self.cluster.network.prefix(self.name), env={"BATON_PAUSE_AT": "@" + self.pause_file})
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self):
+        self.kill()
+        self.start()
+
+    def vm_dir(self, vm="vm1"):
+        return os.path.join(self.run_dir, "vms", vm)
+
+    def paused_at(self, point, vm="vm1"):
+        return os.path.exists(os.path.join(self.vm_dir(vm), f"pause-{point}"))
+
+    def release(self, vm="vm1"):
+        """Lets every waiting point of this host go on."""
+        self.set_pause()
+        directory = self.vm_dir(vm)
+        if not os.path.isdir(directory):
+            return
+        for name in os.listdir(directory):
+            if name.startswith("pause-"):
+                os.unlink(os.path.join(directory, name))
+
+    def find(self, program):
+        return self.cluster.lab.find(program, host=self.name)
+
+    def qemus(self):
+        return self.find("qemu-system")
+
+    def shims(self):
+        return self.find("baton-shim")
+
+
+class Cluster:
+    """`with Cluster(lab) as cluster`: everything up, no guest yet. `secure`: namespaces and TLS instead of loopback."""
+
+    def __init__(self, lab, secure=False, qemu=None, kvm=False, storage_program="qemu-storage-daemon"):
+        self.lab, self.kvm, self.storage_program = lab, kvm, storage_program
+        self.qemu = qemu or {"default": {"path": "/usr/bin/qemu-system-x86_64"}}
+        os.makedirs(lab.memory_dir, exist_ok=True)
+        self.image = os.path.join(lab.dir, "disk.img")
+        with open(self.image, "wb") as file:
+            file.truncate(64 << 20)
+        self.guest_dir = build_guest(lab)
+        self.network = Namespaces(lab) if secure else Loopback()
+        self.authority = Authority(os.path.join(lab.dir, "tls")) if secure else None
+        self.operator = self.authority.issue("operator", "/CN=operator/OU=admin") if secure else None
+        self.batond = Batond(self)
+        self.agents = {name: Agent(self, name) for name in HOSTS}
+
+    def __enter__(self):
+        self.batond.start()
+        for agent in self.agents.values():
+            agent.storage.start()
+            agent.start()
+        self.wait_hosts()
+        return self
+
+    def __exit__(self, *exc):
+        self.lab.close()
+
+    # --- batonctl ---
+
+    def ctl_command(self, *words):
+        command = [*self.network.prefix("control"), self.lab.program("batonctl"), "--server", self.batond.address()]
+        if self.operator:
+            for name, path in self.operator.items():
+                command += [f"--{name}", path]
+        return [*command, *words]
+
+    def ctl(self, *words, check=True, timeout=60):
+        return self.lab.run(self.ctl_command(*words), timeout=timeout, check=check)
+
+    def get(self, *words, timeout=10):
+        """The answer of `batonctl get ... -o json`, or None where batond does not answer or knows nothing of it."""
+        try:
+            result = self.ctl("get", *words, "-o", "json", check=False, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        return json.loads(result.stdout) if result.returncode == 0 and result.stdout else None
+
+    def wait_hosts(self, names=HOSTS, timeout=30):
+        def connected():
+            hosts = (self.get("hosts") or {}).get("hosts", [])
+            return {host["name"].split("/")[1] for host in hosts if host.get("connected")} >= set(names)
+        wait_until(connected, f"hosts {', '.join(names)} connected to batond", timeout, pause=0.1)
+
+    # --- the guest ---
+
+    def spec(self, name="vm1", cmdline="", **fields):
+        spec = {
+            "name": name,
+            "memory": GUEST_MEMORY,
+            "vcpus": 1,
+            "accelerator": "kvm" if self.kvm else "tcg",
+            "boot": {
+                "kernel": os.path.join(self.guest_dir, "vmlinuz"),
+                "initrd": os.path.join(self.guest_dir, "initrd.gz"),
+                "cmdline": f"console=ttyS0 quiet panic=-1 {cmdline}".strip(),
+            },
+            "balloon": True,
+            **fields,
+        }
+        path = os.path.join(self.lab.dir, f"{name}.yaml")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(yaml(spec) + "\ndevices:\n  - name: disk0\n    class: blk\n")
+        return path
+
+    def start_guest(self, host="a", name="vm1", cmdline="", **fields):
+        """Starts the lab guest and waits until it works."""
+        self.ctl("vm", "start", self.spec(name, cmdline, **fields), "--host", host, timeout=120)
+        guest = Guest(self, name)
+        guest.wait_writes(1)
+        return guest
+
+    def host_of(self, vm="vm1"):
+        found = self.get("vm", vm)
+        return found["host"].split("/")[1] if found else None
+
+    def vm(self, vm="vm1"):
+        return self.get("vm", vm)
+
+    def migrate(self, to, vm="vm1", wait=True, options=(), timeout=120):
+        """Starts a migration; with wait, follows it to its end. Returns its record."""
+        started = json.loads(self.ctl("migrate", vm, "--to", to, "--no-wait", "-o", "json", *options).stdout)
+        return self.wait_ended(started["name"], timeout) if wait else started
+
+    def migration(self, name):
+        return self.get("migration", name)
+
+    def wait_ended(self, name, timeout=120):
+        last = {}
+
+        def ended():
+            nonlocal last
+            last = self.migration(name) or last
+            return last if last.get("phase") in ("SUCCEEDED", "FAILED", "CANCELLED") else None
+        return wait_until(ended, lambda: f"end of {name}, which is {summary(last)}", timeout, pause=0.1)
+
+    def wait_phase(self, name, phase, timeout=60):
+        wait_until(lambda: (self.migration(name) or {}).get("phase") == phase, f"phase {phase} of {name}", timeout)
+
+
+def summary(migration):
+    """A migration's end in one line."""
+    return " ".join(str(migration.get(key, "")) for key in ("phase", "reason", "guest_location", "message")).strip()
+
+
+def seconds(duration):
+    """Seconds of a Duration as JSON has it ("0.012s")."""
+    return float(duration.rstrip("s")) if duration else 0.0
+
+
+def wait_seconds(condition, limit):
+    """How long it took until the condition held."""
+    start = time.monotonic()
+    wait_until(condition, "a condition", limit)
+    return time.monotonic() - start

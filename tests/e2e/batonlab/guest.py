@@ -1,0 +1,82 @@
+"""Talking to the lab guest (tests/lab/guest) over its console, by `batonctl vm console`."""
+import re
+import select
+import subprocess
+import time
+
+from .lab import LabError, wait_until
+
+
+class Guest:
+    def __init__(self, cluster, name="vm1"):
+        self.cluster, self.name = cluster, name
+        # Number of the last answer; older ones come again at the start of every console session.
+        self.answers = 0
+
+    def ask(self, letter, word, timeout=30):
+        """Sends a command and returns the fields of its answer. Asks again where the console or batond went away."""
+        deadline = time.monotonic() + timeout
+        heard = ""
+        while time.monotonic() < deadline:
+            # A session that says nothing may be one whose other end has just moved.
+            line, heard = self._session(letter, word, min(deadline, time.monotonic() + max(10, timeout / 3)))
+            if line:
+                fields = dict(item.split("=", 1) for item in line.split()[1:] if "=" in item)
+                self.answers = int(fields["n"])
+                return {**fields, "line": line}
+            time.sleep(0.1)
+        raise LabError(f"guest {self.name} did not answer '{letter}' with {word} in {timeout} s; last heard: {heard[-800:]!r}")
+
+    def _session(self, letter, word, deadline):
+        command = self.cluster.ctl_command("vm", "console", self.name)
+        text = ""
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=self.cluster.lab.environment()) as console:
+            try:
+                console.stdin.write(letter.encode())
+                console.stdin.flush()
+                while time.monotonic() < deadline:
+                    if not select.select([console.stdout], [], [], max(0, deadline - time.monotonic()))[0]:
+                        break
+                    data = console.stdout.read1(65536)
+                    if not data:
+                        break
+                    text += data.decode(errors="replace")
+                    for match in re.finditer(rf"^.*?({word} .*?\bn=(\d+)\b.*)\r?\n", text, re.M):
+                        if int(match.group(2)) > self.answers:
+                            return match.group(1).strip(), text
+                return None, text
+            except BrokenPipeError:
+                return None, text
+            finally:
+                console.kill()
+
+    def status(self, timeout=30):
+        return self.ask("s", "STATUS", timeout)
+
+    def reset(self):
+        self.ask("r", "RESET")
+
+    def go(self):
+        self.ask("g", "GO")
+
+    def wait_writes(self, more, timeout=60):
+        """Waits until the guest has written so many blocks more than it had."""
+        first = None
+
+        def enough():
+            nonlocal first
+            writes = int(self.status(timeout)["writes"])
+            first = writes if first is None else first
+            return writes >= first + more
+        wait_until(enough, f"guest {self.name} to write {more} blocks", timeout, pause=0.1)
+
+    def verify(self, go_on=True, timeout=60):
+        """The guest stops writing and checks all of its disk and memory; then the disk image is checked from outside.
+        Returns the guest's RESULT and the sentence of the checker; LabError if anything is wrong."""
+        result = self.ask("q", "RESULT", timeout)
+        check = self.cluster.lab.run([self.cluster.lab.program("baton-lab-check"), self.cluster.image],
+                                     input=result["line"] + "\n")
+        if go_on:
+            self.go()
+        return result, check.stdout.strip()

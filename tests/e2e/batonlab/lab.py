@@ -1,0 +1,184 @@
+"""A lab: a temporary directory and the processes that belong to it."""
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../../.."))
+MARK = "BATON_LAB"
+HOST_MARK = "BATON_LAB_HOST"
+
+
+class LabError(AssertionError):
+    """What the lab waited for did not come."""
+
+
+def wait_until(condition, what, timeout=30.0, pause=0.02):
+    """Calls condition until it answers something true, and returns that. LabError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise LabError(f"waited {timeout:g} s in vain: {what() if callable(what) else what}")
+        time.sleep(pause)
+
+
+class Found:
+    """A process of a lab that this program may not have started itself."""
+
+    def __init__(self, pid, host, argv, start):
+        self.pid, self.host, self.argv, self.start = pid, host, argv, start
+        self.program = os.path.basename(argv[0]) if argv else ""
+
+    def alive(self):
+        return start_time(self.pid) == self.start
+
+    def kill(self, number=signal.SIGKILL):
+        if self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def __repr__(self):
+        return f"{self.program}[{self.pid}]@{self.host}"
+
+
+def start_time(pid):
+    """Start time of a process that lives, else None (also for one that has ended and was not reaped)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rsplit(b")", 1)[1].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else fields[19]
+
+
+class Lab:
+    """Use as a context manager. At the end, also on failure and on a signal, every process with the lab's mark is
+    killed and everything it made is removed; log files are kept in `logs`."""
+
+    def __init__(self, name, bin_dir, logs=None):
+        self.name = name
+        self.bin = os.path.abspath(bin_dir)
+        self.logs = logs or os.path.join(ROOT, "logs", name)
+        # Short: paths of unix sockets below it must stay under 108 bytes.
+        self.dir = tempfile.mkdtemp(prefix="baton-", dir="/tmp")
+        self.id = os.path.basename(self.dir)
+        self.memory_dir = os.path.join("/dev/shm", self.id)
+        self.children = []
+        self.undo = contextlib.ExitStack()
+        shutil.rmtree(self.logs, ignore_errors=True)
+        os.makedirs(self.logs)
+
+    def __enter__(self):
+        # Python's own reaction to the other signals would skip every clean-up.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def program(self, name):
+        return os.path.join(self.bin, name)
+
+    def environment(self, host="", **extra):
+        env = {key: value for key, value in os.environ.items() if not key.startswith("BATON_")}
+        env.update({MARK: self.id, HOST_MARK: host, **extra})
+        return env
+
+    def spawn(self, argv, log, host="", prefix=(), env=None, **options):
+        """Starts a process of this lab, its output appended to logs/LOG.log."""
+        with open(os.path.join(self.logs, log + ".log"), "ab") as out:
+            child = subprocess.Popen([*prefix, *argv], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                     env=self.environment(host, **(env or {})), start_new_session=True, **options)
+        self.children.append(child)
+        return child
+
+    def run(self, argv, timeout=60, check=True, **options):
+        """Runs a command of this lab to its end; returns the CompletedProcess with text output."""
+        result = subprocess.run(argv, timeout=timeout, capture_output=True, text=True, env=self.environment(), **options)
+        if check and result.returncode != 0:
+            raise LabError(f"{' '.join(argv)}: exit {result.returncode}\n{result.stdout}{result.stderr}")
+        return result
+
+    def find(self, program=None, host=None, containing=None):
+        """Living processes of this lab."""
+        found = []
+        mark = f"{MARK}={self.id}".encode()
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit() or int(entry) == os.getpid():
+                continue
+            try:
+                with open(f"/proc/{entry}/environ", "rb") as file:
+                    environ = file.read().split(b"\0")
+                if mark not in environ:
+                    continue
+                with open(f"/proc/{entry}/cmdline", "rb") as file:
+                    argv = [word.decode(errors="replace") for word in file.read().split(b"\0")[:-1]]
+            except OSError:
+                continue
+            start = start_time(entry)
+            if start is None:
+                continue
+            where = next((word.split(b"=", 1)[1].decode() for word in environ
+                          if word.startswith(HOST_MARK.encode() + b"=")), "")
+            process = Found(int(entry), where, argv, start)
+            if program and not process.program.startswith(program):
+                continue
+            if host is not None and process.host != host:
+                continue
+            if containing and not any(containing in word for word in argv):
+                continue
+            found.append(process)
+        return found
+
+    def kill_all(self):
+        """Ends everything; again until nothing is left, because an agent may just be starting a shim."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            left = self.find()
+            for process in left:
+                process.kill()
+            for child in self.children:
+                child.poll()
+            if not left:
+                return
+            time.sleep(0.02)
+
+    def keep_logs(self):
+        """Copies what the programs logged into their own directories."""
+        for parent, _, files in os.walk(self.dir):
+            for file in files:
+                if file.endswith(".log") or file == "journal":
+                    target = os.path.relpath(os.path.join(parent, file), self.dir).replace("/", "-")
+                    with contextlib.suppress(OSError):
+                        shutil.copyfile(os.path.join(parent, file), os.path.join(self.logs, target))
+
+    def close(self):
+        self.kill_all()
+        with contextlib.suppress(Exception):
+            self.keep_logs()
+        try:
+            self.undo.close()
+        finally:
+            shutil.rmtree(self.memory_dir, ignore_errors=True)
+            shutil.rmtree(self.dir, ignore_errors=True)
+
+    def leftovers(self):
+        """What is still there after close(): for the test that nothing is."""
+        left = [repr(process) for process in self.find()]
+        for path in (self.dir, self.memory_dir):
+            if os.path.exists(path):
+                left.append(path)
+        with open("/proc/mounts", encoding="utf-8") as mounts:
+            left += [line.split()[1] for line in mounts if self.id in line]
+        if os.path.isdir("/run/netns"):
+            left += [f"netns {name}" for name in os.listdir("/run/netns") if self.id in name]
+        left += [f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if self.id in name]
+        return left
