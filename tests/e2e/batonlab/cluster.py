@@ -38,16 +38,21 @@ class StorageDaemon:
     def __init__(self, cluster, host, program="qemu-storage-daemon"):
         self.cluster, self.host, self.program = cluster, host, program
         self.socket = os.path.join(cluster.lab.dir, f"{host}-disk0.sock")
+        self.second_socket = os.path.join(cluster.lab.dir, f"{host}-disk1.sock")
         self.process = None
 
     def start(self):
-        if os.path.exists(self.socket):
-            os.unlink(self.socket)
-        self.process = self.cluster.lab.spawn(
-            [self.program, "--blockdev", f"driver=file,node-name=file,filename={self.cluster.image},locking=off",
-             "--export", f"type=vhost-user-blk,id=disk0,node-name=file,addr.type=unix,addr.path={self.socket},"
-             "writable=on,num-queues=1"], f"storage-{self.host}", host=self.host)
-        wait_until(lambda: os.path.exists(self.socket) or self.process.poll() is not None, f"storage daemon {self.host}")
+        disks = list(zip((self.socket, self.second_socket), self.cluster.images))
+        command = [self.program]
+        for number, (path, image) in enumerate(disks):
+            if os.path.exists(path):
+                os.unlink(path)
+            command += ["--blockdev", f"driver=file,node-name=file{number},filename={image},locking=off", "--export",
+                        f"type=vhost-user-blk,id=disk{number},node-name=file{number},addr.type=unix,addr.path={path},"
+                        "writable=on,num-queues=1"]
+        self.process = self.cluster.lab.spawn(command, f"storage-{self.host}", host=self.host)
+        wait_until(lambda: all(os.path.exists(path) for path, _ in disks) or self.process.poll() is not None,
+                   f"storage daemon {self.host}")
         if self.process.poll() is not None:
             raise LabError(f"qemu-storage-daemon ended, see logs/{self.cluster.lab.name}/storage-{self.host}.log")
 
@@ -176,13 +181,16 @@ class Agent:
 class Cluster:
     """`with Cluster(lab) as cluster`: everything up, no guest yet. `secure`: namespaces and TLS instead of loopback."""
 
-    def __init__(self, lab, secure=False, qemu=None, kvm=False, storage_program="qemu-storage-daemon"):
+    def __init__(self, lab, secure=False, qemu=None, kvm=False, storage_program="qemu-storage-daemon",
+                 second_disk=False):
         self.lab, self.kvm, self.storage_program = lab, kvm, storage_program
         self.qemu = qemu or {"default": {"path": "/usr/bin/qemu-system-x86_64"}}
         os.makedirs(lab.memory_dir, exist_ok=True)
-        self.image = os.path.join(lab.dir, "disk.img")
-        with open(self.image, "wb") as file:
-            file.truncate(64 << 20)
+        self.images = [os.path.join(lab.dir, f"disk{number}.img") for number in range(2 if second_disk else 1)]
+        self.image = self.images[0]
+        for image in self.images:
+            with open(image, "wb") as file:
+                file.truncate(64 << 20)
         self.guest_dir = build_guest(lab)
         self.network = Namespaces(lab) if secure else Loopback()
         self.authority = Authority(os.path.join(lab.dir, "tls")) if secure else None

@@ -42,14 +42,21 @@ class Guest:
                     if not data:
                         break
                     text += data.decode(errors="replace")
-                    for match in re.finditer(rf"^.*?({word} .*?\bn=(\d+)\b.*)\r?\n", text, re.M):
-                        if int(match.group(2)) > self.answers:
-                            return match.group(1).strip(), text
+                    line = self.answer(text, word)
+                    if line:
+                        return line, text
                 return None, text
             except BrokenPipeError:
                 return None, text
             finally:
                 console.kill()
+
+    def answer(self, text, word):
+        """The first answer in `text` that is newer than those known already; only whole lines count."""
+        for match in re.finditer(rf"({word} n=(\d+)\b[^\r\n]*)\r?\n", text):
+            if int(match.group(2)) > self.answers:
+                return match.group(1).strip()
+        return None
 
     def status(self, timeout=30):
         return self.ask("s", "STATUS", timeout)

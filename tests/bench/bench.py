@@ -1,0 +1,177 @@
+"""./dev bench: Baton beside what it is compared with, interleaved in one run, ratios at the end.
+
+  blackout  longest gap inside the guest (256 MiB, one disk, writing all the time) when Baton moves it, and when QEMU
+            moves the same guest between the same storage daemons
+  memory    4 GiB of incompressible shared memory over plaintext loopback: Baton, a raw loop, QEMU
+  idle      what a shim costs while its guest works
+"""
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "e2e"))
+
+# pylint: disable=wrong-import-position
+from batonlab.cluster import Cluster, seconds, summary  # noqa: E402
+from batonlab.lab import Lab, LabError  # noqa: E402
+from qemu_pair import DirectGuest, QemuPair  # noqa: E402
+
+CMDLINE = "lab.pages=4096 lab.dirty=1500"
+
+
+def say(text=""):
+    print(text, flush=True)
+
+
+def row(name, values, unit="ms"):
+    values = sorted(values)
+    say(f"  {name:28} min {values[0]:8.1f}  median {statistics.median(values):8.1f}  max {values[-1]:8.1f} {unit}  "
+        f"(n={len(values)})")
+
+
+def settle(guest):
+    """The guest's figures once its clock meter has seen the stop."""
+    for _ in range(30):
+        status = guest.status()
+        if int(status["stops"]):
+            return status
+        guest.wait_writes(100)
+    raise LabError("the guest noticed no stop")
+
+
+def blackout(lab, runs):
+    with Cluster(lab, second_disk=True) as cluster:
+        guest = cluster.start_guest("a", cmdline=CMDLINE)
+        pair = QemuPair(lab, [agent.storage.second_socket for agent in cluster.agents.values()],
+                        os.path.join(cluster.guest_dir, "vmlinuz"), os.path.join(cluster.guest_dir, "initrd.gz"))
+        other = DirectGuest(cluster, pair)
+        other.wait_writes(1)
+        figures = {"baton": [], "qemu": []}
+        # One more than counted: the first of each warms up.
+        for run in range(runs + 1):
+            # Only the guest that is measured runs.
+            pair.process.send_signal(signal.SIGSTOP)
+            guest.reset()
+            guest.wait_writes(300)
+            here = cluster.host_of()
+            record = cluster.migrate("b" if here == "a" else "a")
+            if record["phase"] != "SUCCEEDED":
+                raise LabError(summary(record))
+            status = settle(guest)
+            down = record["progress"]["downtimes"]
+            figures["baton"].append({**status, "reported": seconds(down.get("vcpu")) * 1000})
+            vmm = cluster.lab.find("qemu-system", host=cluster.host_of())[0]
+            vmm.kill(signal.SIGSTOP)
+            pair.process.send_signal(signal.SIGCONT)
+            other.wait_writes(300)
+            other.reset()
+            other.wait_writes(300)
+            result = pair.migrate()
+            status = settle(other)
+            figures["qemu"].append({**status, "reported": float(result.get("downtime", 0))})
+            vmm.kill(signal.SIGCONT)
+            guest.wait_writes(300)
+            say(f"  run {run:2}: " + "  ".join(
+                f"{name} gap {int(f[-1]['gap_us']) / 1000:7.1f} ms stop {int(f[-1]['stop_us']) / 1000:7.1f} ms reported "
+                f"{f[-1]['reported']:6.1f}" for name, f in figures.items()))
+        for f in figures.values():
+            del f[0]
+        pair.process.send_signal(signal.SIGSTOP)
+        _, sentence = guest.verify()
+        pair.stop()
+    say("blackout, inside the guest, as the longest gap between completed I/Os")
+    medians = {}
+    for name, f in figures.items():
+        gaps = [int(status["gap_us"]) / 1000 for status in f]
+        row(name, gaps)
+        row(f"  {name}, machine stopped", [int(status["stop_us"]) / 1000 for status in f])
+        row(f"  {name}, as it reports", [status["reported"] for status in f])
+        medians[name] = statistics.median(gaps)
+    say(f"  {sentence}")
+    return "blackout, Baton / QEMU 7.2 (limit 1.0)", medians["baton"] / medians["qemu"]
+
+
+def qemu_memory(lab, size_gib, channels, runs):
+    """GiB/s of QEMU moving incompressible memory of a paused guest, warm files at both ends."""
+    rates = []
+    files = [os.path.join(lab.memory_dir, f"bench-{i}") for i in range(2)]
+    os.makedirs(lab.memory_dir, exist_ok=True)
+    for path in files:
+        with open("/dev/urandom", "rb") as source, open(path, "wb") as target:
+            block = source.read(1 << 20)
+            for index in range(size_gib << 10):
+                # Unlike every other page, and no run of zeroes: that is all that matters to QEMU.
+                target.write(index.to_bytes(8, "little") + block[8:])
+    pair = QemuPair(lab, None, memory=f"{size_gib}G", extra=["-S"], memory_files=files)
+    for _ in range(runs):
+        result = pair.migrate(["multifd"] if channels else [], channels)
+        rates.append(size_gib / (result["total-time"] / 1000))
+    pair.stop()
+    for path in files:
+        os.unlink(path)
+    return rates
+
+
+def memory(lab, runs):
+    subprocess.run([lab.program("bench_stream")], check=True)
+    for channels in (None, 2):
+        rates = qemu_memory(lab, 4, channels, min(runs, 5) + 1)[1:]
+        row(f"QEMU {'multifd 2' if channels else 'plain'}", rates, "GiB/s")
+    return None
+
+
+def idle(lab, runs):
+    del runs
+    with Cluster(lab) as cluster:
+        guest = cluster.start_guest("a", cmdline=CMDLINE)
+        shim = cluster.agents["a"].shims()[0]
+        before, writes = usage(shim.pid), int(guest.status()["writes"])
+        guest.wait_writes(2000)
+        after, writes = usage(shim.pid), int(guest.status()["writes"]) - writes
+        say("a shim while its guest works")
+        say(f"  RssAnon                      {after['rss'] / 1048576:8.2f} MiB (limit 8)")
+        say(f"  CPU during {writes} writes    {after['ticks'] - before['ticks']:8} ticks of 10 ms")
+        say(f"  wake-ups during them         {after['switches'] - before['switches']:8} (kicks and calls pass it by)")
+    return "idle shim, RssAnon / 8 MiB (limit 1.0)", after["rss"] / (8 << 20)
+
+
+def usage(pid):
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+        fields = stat.read().rsplit(")", 1)[1].split()
+    rss = switches = 0
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/status", encoding="utf-8") as status:
+            for line in status:
+                if line.startswith("voluntary_ctxt_switches"):
+                    switches += int(line.split()[1])
+                if line.startswith("RssAnon"):
+                    rss = int(line.split()[1]) * 1024
+    return {"rss": rss, "ticks": int(fields[11]) + int(fields[12]), "switches": switches}
+
+
+BENCHMARKS = {"blackout": blackout, "memory": memory, "idle": idle}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bin", required=True, help="directory of the programs")
+    parser.add_argument("--runs", type=int, default=10, help="measurements of each (default 10)")
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="default: all")
+    arguments = parser.parse_args()
+    ratios = []
+    for name in arguments.names or BENCHMARKS:
+        say(f"== {name}")
+        with Lab(os.path.join("bench", name), arguments.bin) as lab:
+            ratio = BENCHMARKS[name](lab, arguments.runs)
+        if ratio:
+            ratios.append(ratio)
+    say("== ratios")
+    for name, ratio in ratios:
+        say(f"  {name:45} {ratio:6.2f}")
+
+
+if __name__ == "__main__":
+    main()
