@@ -15,9 +15,9 @@ namespace baton::daemon {
 namespace {
 
 constexpr char kDefaultQemu[] = "/usr/bin/qemu-system-x86_64";
-// "/vms/" + a VM's name + "/dev-" + a device's name + ".sock" must fit behind it into the 107 bytes of a
-// socket path.
-constexpr size_t kMaxRunDir = 107 - (5 + 41 + 5 + 41 + 5);
+// A socket's path has at most 107 bytes (unix(7)); a VM with a short name must at least be possible. Longer
+// names are checked when their VM starts.
+constexpr size_t kMaxRunDir = 107 - (sizeof("/vms/v/console.sock") - 1);
 
 // baton-shim is installed beside baton-agent, and built beside it.
 std::string DefaultShim() {
@@ -92,7 +92,8 @@ void ReadConfig(ConfigReader& root, AgentConfig* out) {
     root.Problem("batond", "is not on this machine, so `tls` with ca, cert and key is needed");
   for (auto [field, value] : {std::pair{"run_dir", &out->run_dir}, std::pair{"state_dir", &out->state_dir},
                               std::pair{"memory_dir", &out->memory_dir}})
-    root.Path(field, value);
+    if (root.Path(field, value) && value->find_first_of(",\n") != std::string::npos)
+      root.Problem(field, "may contain neither commas nor line breaks");
   if (out->run_dir.size() > kMaxRunDir)
     root.Problem(
         "run_dir",
