@@ -75,7 +75,9 @@ class Batond:
         settings = {
             "listen": f"{'0.0.0.0' if network.secure else network.address('control')}:{self.port}",
             "metrics": f"127.0.0.1:{self.metrics_port}",
-            "state_dir": self.state_dir,
+            "data_dir": self.state_dir,
+            # Short, so that tests need not wait long until a dead agent counts as dead.
+            "heartbeat": {"interval": "500ms", "timeout": "3s"},
         }
         if network.secure:
             settings["tls"] = cluster.authority.issue("batond", "/CN=batond", network.all_addresses("control"))
@@ -123,7 +125,7 @@ class Agent:
             "backends": {"disk0": {"socket": self.storage.socket, "kind": "qemu-storage-daemon"}},
         }
         if network.secure:
-            pem = cluster.authority.issue(f"agent-{name}", f"/CN={name}/OU=agent", network.all_addresses(name))
+            pem = cluster.authority.issue(f"agent-{name}", f"/CN=agent:{name}", network.all_addresses(name))
             settings["tls"] = pem
             settings["peer"].update({"tls": True, **pem})
         self.config = os.path.join(self.dir, "agent.yaml")
@@ -194,7 +196,7 @@ class Cluster:
         self.guest_dir = build_guest(lab)
         self.network = Namespaces(lab) if secure else Loopback()
         self.authority = Authority(os.path.join(lab.dir, "tls")) if secure else None
-        self.operator = self.authority.issue("operator", "/CN=operator/OU=admin") if secure else None
+        self.operator = self.authority.issue("operator", "/CN=admin:lab") if secure else None
         self.batond = Batond(self)
         self.agents = {name: Agent(self, name) for name in HOSTS}
 
