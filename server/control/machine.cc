@@ -261,10 +261,14 @@ void Machine::TakeReport(const v1::SideReport& report) {
     actions_.acks.push_back({report.role(), std::move(ack)});
   }
   v1::SideReport* known = from_source ? ctl_.mutable_source() : ctl_.mutable_destination();
-  bool first = known->migration_id().empty();
-  if (!first && report.sequence() <= known->sequence() && !(report.done() && !known->done())) return;
+  Side& side = from_source ? source_ : destination_;
+  if (side.sequence != 0 && report.sequence() <= side.sequence) return;
+  v1::HandoverState verdict = known->handover();
   *known = report;
-  (from_source ? source_ : destination_).missing_since = 0;
+  // A destination's journal never takes a verdict back; whoever says less just does not know it.
+  if (!from_source && (verdict == v1::OWNER || verdict == v1::REFUSED)) known->set_handover(verdict);
+  side.sequence = report.sequence();
+  side.missing_since = 0;
   if (from_source) {
     ctl_.set_source_clean(false);
     if (ctl_.step() == MigrationControl::STARTING) {
@@ -282,6 +286,7 @@ void Machine::On(const HostUp& event) {
   Side& side = event.role == v1::ROLE_SOURCE ? source_ : destination_;
   side.up = true;
   side.down_since = 0;
+  side.sequence = 0;
   side.has_vm = event.has_vm;
   if (event.role == v1::ROLE_SOURCE) cancel_told_ = false;
   not_before_.clear();

@@ -195,6 +195,9 @@ class Machine {
     // The session is up and its inventory lacks this migration since then; 0: not so.
     int64_t missing_since = 0;
     bool has_vm = false;
+    // Of the last report taken in this session. A shim or agent that was started anew may count from the
+    // beginning.
+    uint64_t sequence = 0;
   };
   Side source_, destination_;
   std::map<CommandKind, bool> in_flight_;

@@ -61,17 +61,13 @@ v1::MigrationParams DefaultParams() {
 v1::MigrationParams MergeParams(const v1::MigrationParams& policy, const v1::MigrationParams& own) {
   v1::MigrationParams out = DefaultParams();
   out.MergeFrom(policy);
+  out.MergeFrom(own);
   // Messages are replaced, not merged field by field: 500 ms on top of 1 s is 500 ms.
   for (const v1::MigrationParams* from : {&policy, &own}) {
     if (from->has_max_downtime()) *out.mutable_max_downtime() = from->max_downtime();
     if (from->has_max_duration()) *out.mutable_max_duration() = from->max_duration();
     if (from->has_drain_timeout()) *out.mutable_drain_timeout() = from->drain_timeout();
   }
-  if (own.bandwidth()) out.set_bandwidth(own.bandwidth());
-  if (own.channels()) out.set_channels(own.channels());
-  if (own.max_stalled_rounds()) out.set_max_stalled_rounds(own.max_stalled_rounds());
-  if (own.tls()) out.set_tls(true);
-  if (own.on_stall()) out.set_on_stall(own.on_stall());
   return out;
 }
 
