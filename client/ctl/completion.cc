@@ -218,7 +218,8 @@ void AddCompletionCommand(CLI::App* app, Context* context) {
   command->add_option("SHELL", *shell, "bash")->required()->check(CLI::IsMember({"bash"}));
   command->footer("Example:\n  source <(batonctl completion bash)");
   command->callback([=] {
-    context->action = [](Context&) -> absl::StatusOr<int> {
+    // Holds what the option writes to.
+    context->action = [shell](Context&) -> absl::StatusOr<int> {
       RETURN_IF_ERROR(Print(kBashScript));
       return 0;
     };

@@ -43,7 +43,7 @@ absl::Status ReadConfigFile(const std::string& path, bool required, Context* out
 
 absl::StatusOr<ConnectionOptions> Context::Connection() {
   std::string path = config_path.empty() ? DefaultConfigPath() : config_path;
-  if (!path.empty()) RETURN_IF_ERROR(ReadConfigFile(path, !config_path.empty(), this));
+  if (!path.empty()) RETURN_IF_ERROR(AsWrongInput(ReadConfigFile(path, !config_path.empty(), this)));
   ConnectionOptions options;
   if (!server.empty()) options.server = server;
   options.ca = ca;
@@ -62,13 +62,19 @@ absl::StatusOr<ConnectionOptions> Context::Connection() {
 absl::StatusOr<Client*> Context::Connect() {
   if (!client_) {
     ASSIGN_OR_RETURN(ConnectionOptions options, Connection());
-    ASSIGN_OR_RETURN(client_, Client::Make(options));
+    auto client = Client::Make(options);
+    if (!client.ok()) return AsWrongInput(client.status());
+    client_ = *std::move(client);
   }
   return client_.get();
 }
 
 absl::Status Print(const std::string& text) { return WriteAll(STDOUT_FILENO, text); }
 void PrintError(const std::string& text) { WriteAll(STDERR_FILENO, Harmless(text)).IgnoreError(); }
+
+absl::Status AsWrongInput(const absl::Status& status) {
+  return status.ok() ? status : absl::InvalidArgumentError(Message(status));
+}
 
 int64_t NowNs() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(

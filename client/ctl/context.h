@@ -48,6 +48,10 @@ absl::Status Print(const std::string& text);
 // To standard error.
 void PrintError(const std::string& text);
 
+// What is wrong with a local file is wrong input (exit 2), whatever the system call said: "not found" and "no
+// permission" are about the server's resources.
+absl::Status AsWrongInput(const absl::Status& status);
+
 int64_t NowSeconds();
 int64_t NowNs();
 

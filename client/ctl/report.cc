@@ -46,7 +46,7 @@ void AddReportCommand(CLI::App* app, Context* context) {
       if (o->file.empty() || o->file == "-") {
         RETURN_IF_ERROR(Print(page));
       } else {
-        RETURN_IF_ERROR(WriteFile(o->file, page));
+        RETURN_IF_ERROR(AsWrongInput(WriteFile(o->file, page)));
         PrintError("wrote " + o->file + "\n");
       }
       return 0;

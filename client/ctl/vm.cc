@@ -40,7 +40,9 @@ void AddStart(CLI::App* vm, Context* context) {
   auto o = std::make_shared<Options>();
   CLI::App* command = vm->add_subcommand("start", "Start a VM from a spec file");
   command->add_option("SPEC", o->spec, "YAML file (docs/vm-spec.md); '-' reads standard input")->required();
-  command->add_option("--host", o->host, "Host that shall run it (required)")->required()->option_text("HOST");
+  command->add_option("--host", o->host, "Host that shall run it (required)")
+      ->required()
+      ->option_text("HOST");
   command->add_option("--timeout", o->timeout, "How long starting may take (default 2m)")
       ->option_text("DURATION");
   command->add_option("--request-id", o->request_id, "Makes repeating the command harmless")
@@ -53,7 +55,9 @@ void AddStart(CLI::App* vm, Context* context) {
     context->action = [o](Context& c) -> absl::StatusOr<int> {
       v1::StartVmRequest request;
       ASSIGN_OR_RETURN(*request.mutable_host(), FullName(Collection::kHosts, o->host));
-      ASSIGN_OR_RETURN(*request.mutable_spec(), ReadSpec(o->spec));
+      auto spec = ReadSpec(o->spec);
+      if (!spec.ok()) return AsWrongInput(spec.status());
+      *request.mutable_spec() = *std::move(spec);
       ASSIGN_OR_RETURN(Duration timeout, ParseDuration(o->timeout));
       request.set_request_id(o->request_id);
       ASSIGN_OR_RETURN(Client * client, c.Connect());
