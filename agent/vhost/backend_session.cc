@@ -92,7 +92,6 @@ void Mediator::Impl::LoseBackend(const absl::Status& why) {
     if (applied.running) record_.vrings[index].lost = true;
   }
   if (link_.state == LinkState::kReady || link_.state == LinkState::kOverdue) {
-    lost_identity_ = link_.identity;
     rebuild_counts_ |= record_.any_started();
     if (logging_) {
       // It may have written to memory without coming to the bit of that page.
@@ -141,14 +140,12 @@ void Mediator::Impl::FinishHello() {
     LOG_INFO("device {}: back-end {} reconnected, the device goes on", name(), options_.backend.socket());
   }
   rebuild_counts_ = false;
-  lost_identity_.clear();
   message_.clear();
   backoff_ = {};
 }
 
 absl::Status Mediator::Impl::Negotiate(uint64_t features) {
   Frontend& fe = *link_.frontend;
-  link_.identity = fe.connection().PeerIdentity();
   const Deadline deadline = RequestDeadline();
   Offer offer;
   offer.features = features;
@@ -396,15 +393,13 @@ absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
     }
     return indices.used;
   }
-  if (quirks_.drains_on_disconnect) {
-    // It answered this connection, so whatever an earlier connection had in flight is complete, provided that
-    // it is the same process.
-    if (!vring.lost) return indices.used;
-    if (!lost_identity_.empty() && lost_identity_ == link_.identity) return indices.used;
-  }
-  if (!vring.lost) return asked;
-  auto recovered = virtio::RecoverSplit(record_.memory, ring, AllowOrderedRecovery(options_.backend));
+  if (!vring.lost && !quirks_.drains_on_disconnect) return asked;
+  // A new connection to a back-end that completed what an older one had in flight (or forgot it:
+  // libvhost-user drops completions after an error on its socket), or the successor of one that died. What
+  // the VMM asks for may be older than the last completion.
+  auto recovered = virtio::RecoverSplit(record_.memory, ring, AllowWindowRecovery(options_.backend));
   if (!recovered.ok()) {
+    if (!vring.lost) return indices.used;
     return WithReason(
         absl::FailedPreconditionError(fmt::format("ring {}: {}", index, Message(recovered.status()))),
         v1::INFLIGHT_UNKNOWN);
@@ -416,17 +411,23 @@ absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
     }
     MarkDirty(ring.avail, virtio::SplitAvailBytes(ring.size));
   }
-  LOG_INFO("device {}: ring {} goes on at {} with {} requests outstanding{}", name(), index, recovered->base,
-           recovered->heads.size(),
-           recovered->exact     ? ""
-           : recovered->rewrite ? " (from both rings, out of order)"
-                                : " (from both rings)");
+  if (vring.lost) {
+    LOG_INFO("device {}: ring {} goes on at {} with {} requests outstanding{}", name(), index,
+             recovered->base, recovered->heads.size(), recovered->rewrite ? ", out of order" : "");
+  }
   return recovered->base;
 }
 
-absl::Status Mediator::Impl::StartVring(uint32_t index, bool inject) {
+absl::Status Mediator::Impl::StartVring(uint32_t index) {
   VringRecord& vring = record_.vrings[index];
   Frontend& fe = *link_.frontend;
+  if (ResumesInPlace(index)) return ResumeInPlace(index);
+  if (AppliedVring& applied = link_.vrings[index]; applied.running) {
+    // Set up anew by the guest while it still ran for the old ring.
+    ASSIGN_OR_RETURN(uint32_t ignored, fe.GetVringBase(index, RequestDeadline()));
+    LOG_DEBUG("device {}: ring {} had come to {}", name(), index, ignored);
+    applied = AppliedVring();
+  }
   RETURN_IF_ERROR(EnsureInflight());
   ASSIGN_OR_RETURN(uint32_t base, ResolveBase(index));
   CompareWithExpected(index, base);
@@ -436,14 +437,34 @@ absl::Status Mediator::Impl::StartVring(uint32_t index, bool inject) {
   RETURN_IF_ERROR(SendVringAddr(index));
   if (vring.call.set) RETURN_IF_ERROR(SendNotifier(Request::kSetVringCall, index, vring.call));
   if (vring.err.set) RETURN_IF_ERROR(SendNotifier(Request::kSetVringErr, index, vring.err));
+  // Before the descriptor is handed over: libvhost-user takes it for an error to find an eventfd empty that
+  // its loop believes readable (the number of the one before).
+  Inject(vring.kick);
   RETURN_IF_ERROR(SendNotifier(Request::kSetVringKick, index, vring.kick));
   AppliedVring& applied = link_.vrings[index];
   applied = AppliedVring{.running = true, .call_stale = false, .must_stop = false, .base = std::nullopt};
   vring.lost = false;
-  if (inject) {
-    Inject(vring.kick);
-    Inject(vring.call);
-  }
+  Inject(vring.call);
+  return absl::OkStatus();
+}
+
+bool Mediator::Impl::ResumesInPlace(uint32_t index) const {
+  auto it = link_.vrings.find(index);
+  const VringRecord& vring = record_.vrings.at(index);
+  // `told` does not survive other addresses.
+  return it != link_.vrings.end() && it->second.running && it->second.must_stop && vring.told &&
+         vring.base == vring.told;
+}
+
+absl::Status Mediator::Impl::ResumeInPlace(uint32_t index) {
+  VringRecord& vring = record_.vrings[index];
+  AppliedVring& applied = link_.vrings[index];
+  RETURN_IF_ERROR(SendNotifier(Request::kSetVringCall, index, vring.call));
+  Inject(vring.kick);
+  RETURN_IF_ERROR(SendNotifier(Request::kSetVringKick, index, vring.kick));
+  Inject(vring.call);
+  applied.must_stop = applied.call_stale = false;
+  message_.clear();
   return absl::OkStatus();
 }
 
@@ -464,7 +485,7 @@ absl::Status Mediator::Impl::Build() {
     if (logging_) RETURN_IF_ERROR(EnsureLog());
   }
   for (const auto& [index, vring] : record_.vrings) {
-    if (vring.started) RETURN_IF_ERROR(StartVring(index, /*inject=*/true));
+    if (vring.started) RETURN_IF_ERROR(StartVring(index));
   }
   for (const auto& [index, vring] : record_.vrings) {
     if (!vring.enabled) continue;
@@ -488,18 +509,55 @@ uint32_t Mediator::Impl::UsedIndex(uint32_t index) const {
   return indices.ok() ? indices->used : fallback;
 }
 
+uint32_t Mediator::Impl::AvailIndex(uint32_t index) const {
+  auto ring = record_.Split(index);
+  if (!ring.ok()) return UsedIndex(index);
+  auto indices = virtio::ReadSplitIndices(record_.memory, *ring);
+  return indices.ok() ? indices->avail : UsedIndex(index);
+}
+
+bool Mediator::Impl::DrainMoment() {
+  Frontend& fe = *link_.frontend;
+  pollfd p[2] = {{fe.fd(), POLLIN, 0}, {fe.channel_fd(), POLLIN, 0}};
+  timespec wait{0, std::chrono::nanoseconds(kDrainPoll).count()};
+  if (::ppoll(p, 2, &wait, nullptr) <= 0) return true;
+  if (p[1].revents) fe.ServeChannel();
+  if (!p[0].revents) return true;
+  LoseBackend(absl::UnavailableError("the back-end hung up while a ring drained"));
+  return false;
+}
+
+bool Mediator::Impl::AwaitAllUsed(uint32_t index, Deadline deadline) {
+  auto ring = record_.Split(index);
+  if (!ring.ok()) return true;
+  for (;;) {
+    auto indices = virtio::ReadSplitIndices(record_.memory, *ring);
+    if (!indices.ok() || indices->avail == indices->used) return true;
+    if (deadline.Expired() || !DrainMoment()) return false;
+  }
+}
+
 uint32_t Mediator::Impl::StopVring(uint32_t index) {
-  AppliedVring& applied = link_.vrings[index];
-  if (!applied.running) return UsedIndex(index);
+  // By value: losing the back-end empties the map.
+  if (!link_.vrings[index].running) return UsedIndex(index);
   if (!Ready()) {
-    applied.must_stop = true;
+    link_.vrings[index].must_stop = true;
     return UsedIndex(index);
   }
   Frontend& fe = *link_.frontend;
   const Deadline deadline = StopDeadline(/*begin=*/true);
-  auto base = fe.GetVringBase(index, deadline);
+  // GET_VRING_BASE makes libvhost-user close the call descriptor; a completion after that breaks the device,
+  // and every later completion is lost. So the ring first runs empty, and one that does not is left running.
+  if (!record_.packed() && RunsEmpty() && !AwaitAllUsed(index, deadline)) {
+    if (!Ready()) return UsedIndex(index);
+    link_.vrings[index].must_stop = true;
+    message_ = fmt::format("ring {} still has requests in flight at the bound of its stop", index);
+    LOG_WARN("device {}: {}", name(), message_);
+    return UsedIndex(index);
+  }
+  auto base = fe.GetVringBase(index, StopDeadline(false));
   if (!base.ok()) {
-    applied.must_stop = true;
+    link_.vrings[index].must_stop = true;
     // Slow storage or a stopped process: the answer is awaited without holding up the VMM.
     if (fe.overdue()) {
       AwaitOverdue(base.status());
@@ -508,25 +566,16 @@ uint32_t Mediator::Impl::StopVring(uint32_t index) {
     }
     return UsedIndex(index);
   }
+  // Back-ends that answer at once complete the rest in the background.
+  while (!record_.packed() && UsedIndex(index) != *base && !deadline.Expired()) {
+    if (!DrainMoment()) return UsedIndex(index);  // still marked as running, and so as lost
+  }
+  AppliedVring& applied = link_.vrings[index];
   applied.running = false;
   applied.base = *base;
-  if (!record_.packed()) {
-    // Back-ends that answer at once complete the rest in the background.
-    while (UsedIndex(index) != *base && !deadline.Expired()) {
-      pollfd p[2] = {{fe.fd(), POLLIN, 0}, {fe.channel_fd(), POLLIN, 0}};
-      timespec wait{0, std::chrono::nanoseconds(kDrainPoll).count()};
-      if (::ppoll(p, 2, &wait, nullptr) <= 0) continue;
-      if (p[1].revents) fe.ServeChannel();
-      if (p[0].revents) {
-        applied.running = true;  // it may have taken requests with it
-        LoseBackend(absl::UnavailableError("the back-end hung up while a ring drained"));
-        return UsedIndex(index);
-      }
-    }
-    if (UsedIndex(index) != *base) {
-      LOG_WARN("device {}: ring {} still has {} requests in flight at the bound of its stop", name(), index,
-               static_cast<uint16_t>(*base - UsedIndex(index)));
-    }
+  if (!record_.packed() && UsedIndex(index) != *base) {
+    LOG_WARN("device {}: ring {} still has {} requests in flight at the bound of its stop", name(), index,
+             static_cast<uint16_t>(*base - UsedIndex(index)));
   }
   MarkRingDirty(index);
   return *base;
@@ -555,9 +604,13 @@ void Mediator::Impl::FinishOverdue() {
 
 void Mediator::Impl::Reconcile() {
   Frontend& fe = *link_.frontend;
-  // Rings that the VMM stopped meanwhile are stopped now, each with as much patience as the first.
+  // Rings that the VMM stopped meanwhile are stopped now, each with as much patience as the first. One that
+  // is not empty stays as it is (see StopVring).
   for (auto& [index, applied] : link_.vrings) {
-    if (!applied.must_stop) continue;
+    if (!applied.must_stop || ResumesInPlace(index)) continue;
+    if (RunsEmpty() && !record_.packed() && record_.vrings[index].addr &&
+        AvailIndex(index) != UsedIndex(index))
+      continue;
     auto base = fe.GetVringBase(index, Deadline::After(kFirstRetry));
     if (!base.ok()) {
       if (fe.overdue()) {
@@ -582,8 +635,8 @@ void Mediator::Impl::Reconcile() {
     }
     for (auto& [index, vring] : record_.vrings) {
       AppliedVring& applied = link_.vrings[index];
-      if (vring.started && !applied.running) {
-        RETURN_IF_ERROR(StartVring(index, /*inject=*/true));
+      if (vring.started && (!applied.running || applied.must_stop)) {
+        RETURN_IF_ERROR(StartVring(index));
       } else if (vring.started && std::exchange(applied.call_stale, false)) {
         RETURN_IF_ERROR(SendNotifier(Request::kSetVringCall, index, vring.call));
         Inject(vring.call);

@@ -46,7 +46,8 @@ enum class LinkState {
 struct AppliedVring {
   bool running = false;
   bool call_stale = false;  // the VMM changed the call descriptor while nothing could be sent
-  bool must_stop = false;   // the VMM stopped it while nothing could be sent
+  bool must_stop =
+      false;  // the VMM stopped it, but it still runs: nothing could be sent, or it did not run empty
   // The answer of the back-end to GET_VRING_BASE on this connection: the true base.
   std::optional<uint32_t> base;
 };
@@ -54,7 +55,6 @@ struct AppliedVring {
 struct Link {
   LinkState state = LinkState::kDown;
   std::unique_ptr<Frontend> frontend;
-  std::string identity;  // of the process behind it
   std::optional<uint64_t> features_sent;
   bool memory_sent = false;
   bool memory_stale = false;
@@ -164,12 +164,26 @@ class Mediator::Impl {
   absl::Status CheckInflightPart(uint32_t index, uint16_t used_idx);
   // Where the back-end is to begin. `rebuilt`: the ring ran before the back-end was lost.
   absl::StatusOr<uint32_t> ResolveBase(uint32_t index);
-  absl::Status StartVring(uint32_t index, bool inject);
+  absl::Status StartVring(uint32_t index);
   // Asks the back-end for the base and watches the ring drain, until `deadline`. Returns what to tell the
   // VMM.
   uint32_t StopVring(uint32_t index);
+  // Waits until everything that the guest made available is used. False at the deadline, or when the back-end
+  // is lost.
+  bool AwaitAllUsed(uint32_t index, Deadline deadline);
+  // Serves the back-end for a moment of a drain; false when it is lost.
+  bool DrainMoment();
+  // The device consumes whatever is made available, so that a ring whose driver is quiet runs empty by
+  // itself.
+  bool RunsEmpty() const {
+    return options_.spec.class_() == v1::BLK || options_.backend.kind() == v1::QEMU_STORAGE_DAEMON;
+  }
+  // The ring still runs at the back-end, and the VMM starts it again just as it stopped it.
+  bool ResumesInPlace(uint32_t index) const;
+  absl::Status ResumeInPlace(uint32_t index);
   // used->idx of a ring, or what was last known.
   uint32_t UsedIndex(uint32_t index) const;
+  uint32_t AvailIndex(uint32_t index) const;
   void RefreshConfig();
   uint32_t ConfigSize() const;
 
@@ -198,7 +212,6 @@ class Mediator::Impl {
   bool offer_known_ = false;
   std::vector<uint8_t> config_;
   bool config_changed_ = false;
-  std::string lost_identity_;  // process that served the device when it was lost
   bool rebuild_counts_ = false;
   uint32_t reconnects_ = 0;
   std::string message_;

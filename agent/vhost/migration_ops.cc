@@ -235,6 +235,11 @@ absl::StatusOr<v1::DeviceState> Mediator::Impl::BuildState() {
     if (link_.state == LinkState::kOverdue) {
       return Error(v1::DRAIN_TIMEOUT, absl::StatusCode::kDeadlineExceeded, "{}: {}", where, message_);
     }
+    if (it != link_.vrings.end() && it->second.must_stop) {
+      return Error(v1::DRAIN_TIMEOUT, absl::StatusCode::kDeadlineExceeded,
+                   "{}: {} requests are still in flight", where,
+                   static_cast<uint16_t>(AvailIndex(index) - UsedIndex(index)));
+    }
     v1::VringState* v = out.add_vrings();
     v->set_index(index);
     v->set_size(vring.num);

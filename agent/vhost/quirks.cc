@@ -19,10 +19,10 @@ Quirks QuirksOf(v1::BackendKind kind) {
   }
 }
 
-bool AllowOrderedRecovery(const v1::Backend& backend) {
+bool AllowWindowRecovery(const v1::Backend& backend) {
   if (backend.recovery() == v1::RECOVERY_EXACT) return false;
   if (backend.recovery() == v1::RECOVERY_ORDERED) return true;
-  return QuirksOf(backend.kind()).ordered_recovery;
+  return QuirksOf(backend.kind()).window_recovery;
 }
 
 }  // namespace baton::vhost

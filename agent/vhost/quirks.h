@@ -10,13 +10,14 @@ struct Quirks {
   // When its front-end disconnects, it completes what it has before it serves the next one. After a reconnect
   // to the same process nothing is in flight, and used->idx is where to go on.
   bool drains_on_disconnect;
-  // Its completions follow the order of the avail ring as long as the visible history says so.
-  bool ordered_recovery;
+  // What was in flight when it died may be worked out from both rings (RecoverSplit), because it starts to
+  // serve a new connection only when nothing of an older one is in flight.
+  bool window_recovery;
 };
 
 Quirks QuirksOf(v1::BackendKind kind);
 
-// Whether RecoverSplit may use the order of completions.
-bool AllowOrderedRecovery(const v1::Backend& backend);
+// Whether RecoverSplit may go by the window in which both rings are visible.
+bool AllowWindowRecovery(const v1::Backend& backend);
 
 }  // namespace baton::vhost

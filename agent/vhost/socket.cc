@@ -6,7 +6,6 @@
 #include <cerrno>
 #include <cstring>
 
-#include "common/process.h"
 #include "common/unix_socket.h"
 
 namespace baton::vhost {
@@ -24,10 +23,6 @@ int PollOne(int fd, short events, Deadline deadline) {
 
 absl::StatusOr<Connection> Connection::Dial(const std::string& path, Deadline deadline) {
   ASSIGN_OR_RETURN(UniqueFd fd, ConnectUnix(path, deadline));
-  // Each message then carries who wrote it. SO_PEERCRED would name whoever called listen(2), which with an
-  // inherited socket is not the back-end.
-  int on = 1;
-  if (::setsockopt(fd.get(), SOL_SOCKET, SO_PASSCRED, &on, sizeof on) != 0) return ErrnoError(errno, path);
   return Connection(std::move(fd));
 }
 
@@ -76,7 +71,7 @@ absl::Status Connection::ReadFull(uint8_t* out, size_t size, std::vector<UniqueF
     msghdr msg{};
     msg.msg_iov = &iov;
     msg.msg_iovlen = 1;
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMaxFds) + CMSG_SPACE(sizeof(ucred))];
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kMaxFds)];
     msg.msg_control = control;
     msg.msg_controllen = sizeof control;
     ssize_t n = ::recvmsg(fd_.get(), &msg, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
@@ -93,11 +88,6 @@ absl::Status Connection::ReadFull(uint8_t* out, size_t size, std::vector<UniqueF
     }
     std::vector<UniqueFd> received;
     for (cmsghdr* cmsg = CMSG_FIRSTHDR(&msg); cmsg; cmsg = CMSG_NXTHDR(&msg, cmsg)) {
-      if (cmsg->cmsg_level == SOL_SOCKET && cmsg->cmsg_type == SCM_CREDENTIALS) {
-        ucred cred;
-        std::memcpy(&cred, CMSG_DATA(cmsg), sizeof cred);
-        peer_pid_ = cred.pid;
-      }
       if (cmsg->cmsg_level != SOL_SOCKET || cmsg->cmsg_type != SCM_RIGHTS) continue;
       size_t count = (cmsg->cmsg_len - CMSG_LEN(0)) / sizeof(int);
       for (size_t i = 0; i < count; ++i) {
@@ -137,12 +127,6 @@ absl::StatusOr<WireMessage> Connection::Receive(bool reply, Deadline deadline) {
                              "payload of message " + std::to_string(message.header.request)));
   }
   return message;
-}
-
-std::string Connection::PeerIdentity() const {
-  if (peer_pid_ <= 0) return "";
-  auto start = ProcessStartTime(peer_pid_);
-  return start.ok() ? fmt::format("{}/{}", peer_pid_, *start) : "";
 }
 
 }  // namespace baton::vhost

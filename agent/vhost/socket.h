@@ -1,8 +1,6 @@
 // One vhost-user connection: whole messages with their descriptors, in and out, each by a deadline.
 #pragma once
 
-#include <sys/types.h>
-
 #include <span>
 #include <string>
 
@@ -36,14 +34,9 @@ class Connection {
   // between messages. DataLoss: it hung up within one. InvalidArgument: malformed header. DeadlineExceeded.
   absl::StatusOr<WireMessage> Receive(bool reply, Deadline deadline);
 
-  // Process that wrote the last message received, as "pid/start time"; empty when it cannot be told. Two
-  // equal answers are the same process. Only for connections made by Dial.
-  std::string PeerIdentity() const;
-
  private:
   absl::Status ReadFull(uint8_t* out, size_t size, std::vector<UniqueFd>* fds, Deadline deadline);
   UniqueFd fd_;
-  pid_t peer_pid_ = 0;
 };
 
 }  // namespace baton::vhost

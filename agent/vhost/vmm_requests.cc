@@ -64,7 +64,6 @@ void Mediator::Impl::EndVmmSession() {
   // Some of a connection's state cannot be taken back (SET_OWNER once, protocol features), and rings may
   // still run: the next session gets a connection of its own, and this one's end stops the rings.
   link_ = Link();
-  lost_identity_.clear();
   rebuild_counts_ = false;
   message_.clear();
   backoff_ = {};
@@ -275,6 +274,7 @@ absl::Status Mediator::Impl::OnVringAddr(const WireMessage& m, absl::Status* ref
   addr.flags = 0;
   addr.log_guest_addr = 0;
   const bool same = vring.addr && std::memcmp(&*vring.addr, &addr, sizeof addr) == 0;
+  if (!same) vring.told.reset();
   const auto before = vring.addr;
   vring.addr = addr;
   absl::Status placed =
@@ -337,7 +337,7 @@ absl::Status Mediator::Impl::OnNotifier(WireMessage& m, absl::Status* refused) {
     if (Ready()) {
       // What the back-end refuses here leaves the ring stopped, like a SET_VRING_KICK that it refused
       // directly.
-      absl::Status started = StartVring(index, /*inject=*/false);
+      absl::Status started = StartVring(index);
       if (absl::IsFailedPrecondition(started) && ReasonOf(started) == v1::INFLIGHT_UNKNOWN) {
         Hold(started);
         return absl::OkStatus();
@@ -367,7 +367,13 @@ absl::Status Mediator::Impl::OnVringEnable(const WireMessage& m, absl::Status* r
   RETURN_IF_ERROR(CheckIndex(m, state.index));
   record_.vrings[state.index].enabled = state.num != 0;
   if (!Ready()) return absl::OkStatus();
-  if (state.num == 0 && Armed()) StopDeadline(/*begin=*/true);
+  auto applied = link_.vrings.find(state.index);
+  if (state.num == 0 && applied != link_.vrings.end() && applied->second.running && RunsEmpty() &&
+      !record_.packed()) {
+    // A front-end disables its rings just before it stops them, and a disabled ring need not be served: it
+    // must run empty first. One that does not stays enabled, as StopVring will leave it running.
+    if (!AwaitAllUsed(state.index, StopDeadline(/*begin=*/true))) return absl::OkStatus();
+  }
   absl::Status sent = link_.frontend->Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline());
   if (sent.ok()) link_.enabled[state.index] = state.num != 0;
   return Forward(sent, refused);
