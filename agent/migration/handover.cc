@@ -189,7 +189,7 @@ bool Handover::TrySource(Event event) {
     case Event::kRefusedHeard:
       given_up_ = true;
       if (state_ == State::kYielded) state_ = State::kHeardNo;
-      if (state_ == State::kYielding) refusal_heard_ = true;
+      refusal_heard_ = true;
       // Before YIELDED, and once more after the refusal, it changes nothing.
       return state_ != State::kHeardOwner && state_ != State::kReleased;
     case Event::kFenced:

@@ -139,6 +139,8 @@ class Handover {
   bool must_ask() const;
   // REFUSED (or FENCED) was heard and has to be made durable before the guest may be resumed.
   bool must_write_refusal() const;
+  // The destination said REFUSED.
+  bool refusal_heard() const { return refusal_heard_; }
   // The destination owns the guest: kill the VMM, never run it again. Rule 4.
   bool must_release() const;
 
@@ -205,7 +207,7 @@ class Handover {
   bool fenced_ = false;
   bool checked_ = false;
   bool yield_heard_ = false;
-  // Source: REFUSED was heard while it was not certain whether YIELDED is in the journal.
+  // Source: the destination said REFUSED.
   bool refusal_heard_ = false;
 };
 

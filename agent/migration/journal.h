@@ -33,6 +33,9 @@ class RecordLog {
   virtual absl::Status Repair() = 0;
   // The history, oldest first.
   virtual std::vector<JournalRecord> Records() const = 0;
+  // Sets room for `records` more records aside, so that a full disk is met now and not in the blackout.
+  // STATE_WRITE_FAILED if there is none.
+  virtual absl::Status Reserve(size_t records) = 0;
 };
 
 class Journal final : public RecordLog {
@@ -59,9 +62,7 @@ class Journal final : public RecordLog {
   std::vector<JournalRecord> Records() const override;
   // The last record; kInvalid if there is none.
   JournalRecord Latest() const;
-  // Sets room for `records` more records aside on the disk, so that a full disk is met now and not in the
-  // blackout. STATE_WRITE_FAILED if there is no room.
-  absl::Status Reserve(size_t records);
+  absl::Status Reserve(size_t records) override;
   // Bytes of a torn tail that Open dropped.
   size_t dropped_bytes() const { return dropped_; }
   const std::string& path() const { return path_; }

@@ -2,6 +2,8 @@
 
 #include <google/protobuf/util/time_util.h>
 
+#include <ctime>
+
 namespace baton::migration {
 namespace {
 constexpr Duration kTickInterval = std::chrono::milliseconds(200);
@@ -17,6 +19,8 @@ Reporter::Reporter(const std::string& migration_id, const std::string& vm, v1::R
   report_.set_role(role);
   report_.set_epoch(epoch);
   report_.set_handover(v1::IDLE);
+  // A restarted process has to go on above what the one before it may have said, which it does not know.
+  report_.set_sequence(static_cast<uint64_t>(TimeUtil::TimestampToMicroseconds(CurrentTime())));
 }
 
 void Reporter::Publish() {
@@ -45,13 +49,22 @@ void Reporter::EnterPhase(v1::Phase phase) {
   report_.set_phase(phase);
   v1::PhaseTime* entry = report_.add_phase_times();
   entry->set_phase(phase);
-  *entry->mutable_time() = TimeUtil::GetCurrentTime();
+  *entry->mutable_time() = CurrentTime();
   Publish();
 }
 
 v1::SideReport Reporter::report() const {
   std::lock_guard lock(mutex_);
   return report_;
+}
+
+google::protobuf::Timestamp CurrentTime() {
+  timespec now{};
+  clock_gettime(CLOCK_REALTIME, &now);
+  google::protobuf::Timestamp out;
+  out.set_seconds(now.tv_sec);
+  out.set_nanos(static_cast<int32_t>(now.tv_nsec));
+  return out;
 }
 
 void SetDuration(google::protobuf::Duration* out, Duration value) {

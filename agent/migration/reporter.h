@@ -37,6 +37,9 @@ class Reporter {
   Clock::time_point last_tick_{};  // guarded by mutex_
 };
 
+// The real time with all its digits (TimeUtil::GetCurrentTime() knows whole seconds only).
+google::protobuf::Timestamp CurrentTime();
+
 // Conversions between durations of the contract and of the code.
 void SetDuration(google::protobuf::Duration* out, Duration value);
 Duration ToDuration(const google::protobuf::Duration& value);

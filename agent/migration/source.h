@@ -78,8 +78,11 @@ class OutgoingMigration {
 
   // Starts the migration. The journal must say that this side owns the guest at options.epoch.
   static std::unique_ptr<OutgoingMigration> Start(SourceOptions options, SourceParts parts);
-  // A restarted shim whose journal ends with YIELDED(migration): goes on asking.
-  static std::unique_ptr<OutgoingMigration> ResumeAsking(SourceOptions options, SourceParts parts);
+  // A restarted shim whose journal ends with a word of this migration: YIELDED → goes on asking; REFUSED →
+  // resumes; RELEASED → releases. FailedPrecondition if the journal says nothing of it, DataLoss if it is
+  // impossible.
+  static absl::StatusOr<std::unique_ptr<OutgoingMigration>> ResumeAsking(SourceOptions options,
+                                                                         SourceParts parts);
   // Stops working wherever it is, without deciding anything (the journal keeps what was decided), and joins.
   ~OutgoingMigration();
   OutgoingMigration(const OutgoingMigration&) = delete;

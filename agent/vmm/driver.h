@@ -36,6 +36,9 @@ class VmmDriver {
   // which the state can be read. Bytes that are readable before ContinueState() belong to VmmState stage
   // SETUP.
   virtual absl::StatusOr<UniqueFd> Freeze(Deadline deadline) = 0;
+  // CLOCK_MONOTONIC, nanoseconds, when the vCPUs stopped in the last Freeze(), as exactly as the VMM tells; 0
+  // if it does not.
+  virtual int64_t frozen_at_ns() const { return 0; }
   // The VMM writes the rest of its state to the descriptor and closes it (EOF).
   virtual absl::Status ContinueState(Deadline deadline) = 0;
   // The guest runs again at this side: after Freeze failed half-way, or after the state was given, whatever

@@ -1,0 +1,143 @@
+// Inside of OutgoingMigration, split over source.cc (pre-copy, requests), source_blackout.cc (switchover) and
+// source_settle.cc (verdict, release, resume, report). Not for users.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "agent/migration/convergence.h"
+#include "agent/migration/source.h"
+#include "agent/migration/verdict_asker.h"
+#include "agent/migration/wake_fd.h"
+
+namespace baton::migration {
+
+class OutgoingMigration::Impl {
+ public:
+  Impl(SourceOptions options, SourceParts parts, Handover handover);
+  ~Impl();
+  void Launch(bool only_ask);
+
+  absl::Status Cancel();
+  absl::Status Retune(std::optional<uint64_t> bandwidth, std::optional<Duration> max_downtime);
+  absl::Status Resolve(v1::HandoverState verdict, bool fenced);
+  v1::SideReport report() const { return reporter_.report(); }
+  Outcome outcome() const;
+  absl::StatusOr<Outcome> Wait(Deadline deadline);
+
+ private:
+  struct Resolution {
+    v1::HandoverState verdict = v1::IDLE;
+    bool fenced = false;
+  };
+  // Points of the blackout, for the figures.
+  struct BlackoutFigures {
+    int64_t frozen_at_ns = 0;  // CLOCK_MONOTONIC, vCPUs stopped
+    int64_t devices_stopped_ns = 0;
+    Duration drain{0};
+    std::vector<std::pair<std::string, Duration>> parts;
+    Clock::time_point yield_sent{};
+  };
+
+  // --- source.cc ---
+  void Monitor();
+  void Interrupt();
+  void Run();
+  absl::Status Connect();
+  void OnLinkEvent();
+  absl::StatusOr<v1::PeerMessage> Await(const std::function<bool(const v1::PeerMessage&)>& wanted,
+                                        Deadline deadline);
+  absl::Status Objection(const v1::PeerMessage& message);
+  absl::Status Cause(const absl::Status& status);
+  static absl::Status AtSource(const absl::Status& status);
+  absl::Status Precopy();
+  absl::StatusOr<RoundSample> SendRound(const memory::PageSets& pages, uint32_t round, bool final,
+                                        Deadline deadline);
+  absl::Status SendRoundEnd(uint32_t round, bool final, Deadline deadline);
+  absl::Status Interrupted();
+  absl::Status Harvest(memory::PageSets& pages);
+  static uint64_t CountBytes(const memory::PageSets& pages);
+  void ApplyNewLimit(Convergence& convergence);
+  bool stopping() const;
+  absl::Status Apply(Handover::Event event);
+  Handover handover() const;
+
+  // --- source_blackout.cc ---
+  absl::Status Blackout();
+  absl::Status FreezeGuest(Deadline deadline);
+  absl::Status GiveAway(v1::DeviceStates states, Deadline deadline);
+  absl::Status RelayState(Deadline deadline);
+  absl::Status SendLastPages(std::thread& relay, const absl::Status& relayed, Deadline deadline);
+  void WriteYielded();
+  absl::Status AwaitVerdict();
+  void Mark(const std::string& name, Clock::time_point begin);
+
+  // --- source_settle.cc ---
+  void Settle(const absl::Status& status);
+  void RepairYield();
+  void AskUntilHeard();
+  void Hear(v1::HandoverState verdict, const std::string& how);
+  void WriteRefusal();
+  void Release();
+  void ResumeHere(const absl::Status& status);
+  void AbortPeer(const absl::Status& status);
+  void StopTracking();
+  void Record(const RoundSample& sample, const ConvergenceDecision& decision);
+  void TickProgress();
+  void FillCounts(v1::Progress& progress);
+  void FillDowntimes(const v1::Resumed& resumed);
+  void End(Outcome outcome);
+  // False if the engine is being destroyed.
+  bool SleepUnlessStopping(Duration duration);
+
+  SourceOptions o_;
+  SourceParts p_;
+  Reporter reporter_;
+  ConvergenceLimits limits_;
+  Duration drain_timeout_{0};
+  Duration max_duration_{0};
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  Handover handover_;  // guarded by mutex_, as the rest of this block
+  bool stopping_ = false, cancelled_ = false, ended_ = false;
+  std::optional<Resolution> resolution_;
+  std::optional<Duration> new_max_downtime_;
+  Outcome outcome_ = Outcome::kNone;
+  std::unique_ptr<VerdictAsker> asker_;
+  // Set once by the main thread, under mutex_; the objects serve any thread.
+  std::unique_ptr<ControlLink> link_;
+  std::unique_ptr<stream::MemorySender> sender_;
+
+  std::atomic<bool> vmm_dead_{false}, ticking_{false}, monitor_done_{false};
+  std::atomic<uint32_t> round_{0};
+  WakeFd monitor_stop_;
+
+  // Of the main thread.
+  std::vector<std::unique_ptr<memory::DirtySource>> dirty_sources_;
+  memory::PageSets left_over_;  // harvested, not sent
+  uint32_t next_round_ = 0;
+  BlackoutFigures blackout_;
+  Duration state_time_{0};  // of the relay's thread until it was joined
+  RoundSample last_round_;
+  UniqueFd state_fd_;
+  bool freeze_tried_ = false;
+  bool frozen_ = false;
+  absl::Status yield_write_;
+  absl::Status refusal_;  // what the destination said when it was asked
+  Clock::time_point started_{};
+  std::atomic<uint64_t> hole_bytes_{0}, state_bytes_{0};
+  // Of the monitor's thread, for the present rate.
+  uint64_t last_sent_ = 0;
+  Clock::time_point last_rate_at_{};
+
+  std::thread thread_, monitor_;
+};
+
+}  // namespace baton::migration

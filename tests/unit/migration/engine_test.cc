@@ -1,0 +1,577 @@
+// Source and destination engine in one process, over loopback TCP, with a guest that writes all the time.
+// Whatever fails: exactly one side may run the guest, its memory is what it wrote, and the next attempt
+// works.
+#include <gtest/gtest.h>
+
+#include "agent/migration/destination.h"
+#include "agent/migration/source.h"
+#include "tests/unit/migration/cutting_proxy.h"
+#include "tests/unit/migration/fake_host.h"
+
+namespace baton::migration {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+using test::CuttingProxy;
+using test::FakeDevices;
+using test::FakeDirtySource;
+using test::FakeVmm;
+using test::Faults;
+using test::MemoryLog;
+using K = JournalRecord::Kind;
+
+constexpr Duration kEnd = seconds(30);
+
+struct Host {
+  Host(bool runs, std::vector<JournalRecord> records)
+      : ram(test::MakeRam()),
+        vmm(ram, faults, runs),
+        devices(ram, faults),
+        journal(faults, std::move(records)) {}
+  Faults faults;
+  memory::GuestRam ram;
+  FakeVmm vmm;
+  FakeDevices devices;
+  MemoryLog journal;
+};
+
+class EngineTest : public testing::Test {
+ protected:
+  EngineTest() { source_ = std::make_unique<Host>(true, std::vector<JournalRecord>{{K::kOwner, 1, ""}}); }
+  ~EngineTest() override {
+    proxy_.set_accept(nullptr);
+    out_.reset();
+    in_.reset();
+  }
+
+  SourceOptions MakeSourceOptions() {
+    SourceOptions options;
+    options.migration_id = id_;
+    options.vm = "vm";
+    options.epoch = 1;
+    options.params = params_;
+    options.dial.address = proxy_.address();
+    options.dial.token = token_;
+    options.link.silence = seconds(3);
+    options.ask_backoff = milliseconds(5);
+    options.ask_backoff_max = milliseconds(50);
+    options.verdict_timeout = verdict_timeout_;
+    return options;
+  }
+  SourceParts MakeSourceParts() {
+    return {source_->vmm,
+            source_->ram,
+            source_->devices,
+            source_->journal,
+            [this]() -> absl::StatusOr<std::unique_ptr<memory::DirtySource>> {
+              return std::make_unique<FakeDirtySource>(source_->vmm, source_->faults);
+            },
+            [this](const v1::SideReport& report) { Keep(source_reports_, report); }};
+  }
+  DestinationOptions MakeDestinationOptions() {
+    DestinationOptions options;
+    options.migration_id = id_;
+    options.vm = "vm";
+    options.epoch = 1;
+    options.params = params_;
+    options.token = token_;
+    options.link.silence = seconds(3);
+    return options;
+  }
+  DestinationParts MakeDestinationParts() {
+    return {destination_->vmm, destination_->ram, destination_->devices, destination_->journal,
+            [this](const v1::SideReport& report) { Keep(destination_reports_, report); }};
+  }
+  static void Keep(std::vector<v1::SideReport>& reports, const v1::SideReport& report) {
+    if (!reports.empty()) {
+      EXPECT_GT(report.sequence(), reports.back().sequence());
+    }
+    reports.push_back(report);
+  }
+
+  // A new destination and a new migration.
+  void Prepare(const std::string& id) {
+    out_.reset();
+    proxy_.set_accept(nullptr);
+    in_.reset();
+    id_ = id;
+    token_.fill(static_cast<uint8_t>(id.back()));
+    source_reports_.clear();
+    destination_reports_.clear();
+    destination_ = std::make_unique<Host>(false, std::vector<JournalRecord>{});
+    params_.mutable_max_downtime()->set_nanos(300'000'000);
+  }
+  void StartDestination() {
+    auto started = IncomingMigration::Start(MakeDestinationOptions(), MakeDestinationParts());
+    ASSERT_TRUE(started.ok()) << started.status();
+    in_ = *std::move(started);
+    proxy_.set_accept([this](const stream::PreambleBytes& preamble, UniqueFd fd) {
+      return in_->AcceptChannel(preamble, std::move(fd));
+    });
+  }
+  void StartSource() { out_ = OutgoingMigration::Start(MakeSourceOptions(), MakeSourceParts()); }
+
+  OutgoingMigration::Outcome SourceEnd() {
+    auto end = out_->Wait(Deadline::After(kEnd));
+    EXPECT_TRUE(end.ok()) << end.status() << out_->report().ShortDebugString();
+    return end.value_or(OutgoingMigration::Outcome::kNone);
+  }
+  IncomingMigration::Outcome DestinationEnd() {
+    auto end = in_->Wait(Deadline::After(kEnd));
+    EXPECT_TRUE(end.ok()) << end.status() << in_->report().ShortDebugString();
+    return end.value_or(IncomingMigration::Outcome::kNone);
+  }
+
+  // Exactly one guest runs, its memory is right, and it got further since.
+  void ExpectOneGuest(bool at_destination) {
+    Host& winner = at_destination ? *destination_ : *source_;
+    Host& loser = at_destination ? *source_ : *destination_;
+    EXPECT_TRUE(winner.vmm.runs());
+    EXPECT_FALSE(loser.vmm.runs());
+    EXPECT_TRUE(loser.vmm.dead());
+    EXPECT_FALSE(source_->vmm.tracking);
+    const absl::Status memory = winner.vmm.Verify();
+    EXPECT_TRUE(memory.ok()) << memory;
+    EXPECT_TRUE(ReplayOwnership(source_->journal.Records()).ok());
+    EXPECT_TRUE(ReplayOwnership(destination_->journal.Records()).ok());
+    if (!at_destination) {
+      EXPECT_TRUE(winner.vmm.Resume(Deadline::After(kEnd)).ok());
+    }
+  }
+  void ExpectMoved() {
+    EXPECT_EQ(SourceEnd(), OutgoingMigration::Outcome::kReleased);
+    EXPECT_EQ(DestinationEnd(), IncomingMigration::Outcome::kOwner);
+    ExpectOneGuest(true);
+    EXPECT_EQ(out_->report().phase(), v1::SUCCEEDED);
+    EXPECT_EQ(in_->report().phase(), v1::SUCCEEDED);
+    EXPECT_EQ(in_->report().epoch(), 2u);
+  }
+  void ExpectStayed(v1::Reason reason) {
+    EXPECT_EQ(SourceEnd(), OutgoingMigration::Outcome::kResumed);
+    EXPECT_EQ(DestinationEnd(), IncomingMigration::Outcome::kRefused);
+    EXPECT_EQ(out_->report().reason(), reason) << out_->report().ShortDebugString();
+    EXPECT_TRUE(out_->report().guest_running());
+    EXPECT_TRUE(out_->report().done());
+    EXPECT_TRUE(in_->report().done());
+    EXPECT_FALSE(in_->report().guest_running());
+    EXPECT_FALSE(source_->devices.armed);
+    EXPECT_EQ(destination_->journal.Records().back().kind, K::kRefused);
+    ExpectOneGuest(false);
+  }
+  // After a failure: clear all faults and move the same guest.
+  void ExpectRetryWorks() {
+    source_->faults.Clear();
+    source_->devices.lose_page = false;
+    proxy_.set_filter(nullptr);
+    Prepare("m9");
+    StartDestination();
+    StartSource();
+    ExpectMoved();
+  }
+
+  CuttingProxy proxy_;
+  std::unique_ptr<Host> source_, destination_;
+  std::string id_;
+  stream::Token token_{};
+  v1::MigrationParams params_;
+  Duration verdict_timeout_ = seconds(30);
+  std::vector<v1::SideReport> source_reports_, destination_reports_;
+  std::unique_ptr<OutgoingMigration> out_;
+  std::unique_ptr<IncomingMigration> in_;
+};
+
+TEST_F(EngineTest, MovesARunningGuest) {
+  Prepare("m1");
+  StartDestination();
+  StartSource();
+  ExpectMoved();
+  const v1::SideReport report = out_->report();
+  EXPECT_EQ(report.handover(), v1::RELEASED);
+  EXPECT_GE(report.progress().rounds_size(), 2);
+  EXPECT_GE(report.progress().decisions_size(), 1);
+  EXPECT_GT(report.progress().bytes().hole_skipped(), 0u);
+  EXPECT_GT(report.progress().bytes().state(), sizeof(test::GuestState));
+  const v1::Downtimes& down = report.progress().downtimes();
+  EXPECT_GT(ToDuration(down.vcpu()).count(), 0);
+  EXPECT_LT(ToDuration(down.vcpu()), seconds(5));
+  EXPECT_GE(down.parts_size(), 8);
+  EXPECT_EQ(source_->journal.Records().back(), (JournalRecord{K::kReleased, 1, "m1"}));
+  EXPECT_EQ(destination_->journal.Records().back(), (JournalRecord{K::kOwner, 2, "m1"}));
+  std::vector<v1::Phase> phases;
+  for (const v1::PhaseTime& time : report.phase_times()) phases.push_back(time.phase());
+  EXPECT_EQ(phases, (std::vector<v1::Phase>{v1::PRECOPY, v1::SWITCHOVER, v1::FINISHING, v1::SUCCEEDED}));
+}
+
+TEST_F(EngineTest, ThereIsNothingToCancelAfterTheEnd) {
+  Prepare("m1");
+  StartDestination();
+  StartSource();
+  ExpectMoved();
+  EXPECT_FALSE(out_->Cancel().ok());
+  EXPECT_FALSE(out_->Resolve(v1::REFUSED, true).ok());
+  EXPECT_FALSE(in_->Abort("late").ok());
+}
+
+struct Failure {
+  const char* step;
+  bool at_source;
+  v1::Reason reason;
+};
+
+class StepFailureTest : public EngineTest, public testing::WithParamInterface<Failure> {};
+
+TEST_P(StepFailureTest, GuestGoesOnAtTheSourceAndTheRetryWorks) {
+  Prepare("m1");
+  (GetParam().at_source ? source_ : destination_)->faults.Fail(GetParam().step);
+  StartDestination();
+  StartSource();
+  ExpectStayed(GetParam().reason);
+  ExpectRetryWorks();
+}
+
+INSTANTIATE_TEST_SUITE_P(Engine, StepFailureTest,
+                         testing::Values(Failure{"reserve", true, v1::INTERNAL},
+                                         Failure{"track", true, v1::INTERNAL},
+                                         Failure{"harvest", true, v1::INTERNAL},
+                                         Failure{"arm", true, v1::INTERNAL},
+                                         Failure{"freeze", true, v1::SOURCE_VMM_FAILED},
+                                         Failure{"freeze late", true, v1::SOURCE_VMM_FAILED},
+                                         Failure{"drain", true, v1::DRAIN_TIMEOUT},
+                                         Failure{"continue", true, v1::SOURCE_VMM_FAILED},
+                                         Failure{"append YIELDED", true, v1::STATE_WRITE_FAILED},
+                                         Failure{"uncertain YIELDED", true, v1::STATE_WRITE_FAILED},
+                                         Failure{"begin load", false, v1::DESTINATION_VMM_FAILED},
+                                         Failure{"finish load", false, v1::DESTINATION_VMM_FAILED},
+                                         Failure{"expect", false, v1::INTERNAL},
+                                         Failure{"append OWNER", false, v1::STATE_WRITE_FAILED},
+                                         Failure{"uncertain OWNER", false, v1::STATE_WRITE_FAILED}),
+                         [](const auto& info) {
+                           std::string name = info.param.step;
+                           for (char& c : name)
+                             if (c == ' ') c = '_';
+                           return name;
+                         });
+
+TEST_F(EngineTest, RefusalIsRetriedUntilItIsDurable) {
+  Prepare("m1");
+  destination_->faults.Fail("finish load");
+  destination_->faults.Fail("append REFUSED", 1);
+  source_->faults.Fail("append REFUSED", 1);
+  StartDestination();
+  StartSource();
+  ExpectStayed(v1::DESTINATION_VMM_FAILED);
+  ExpectRetryWorks();
+}
+
+TEST_F(EngineTest, LostPageUnderARingIsFoundBeforeOwner) {
+  Prepare("m1");
+  source_->devices.lose_page = true;
+  StartDestination();
+  StartSource();
+  ExpectStayed(v1::STATE_MISMATCH);
+  ExpectRetryWorks();
+}
+
+TEST_F(EngineTest, OwnerThatCannotStartKeepsOwning) {
+  Prepare("m1");
+  destination_->faults.Fail("start");
+  StartDestination();
+  StartSource();
+  EXPECT_EQ(SourceEnd(), OutgoingMigration::Outcome::kReleased);
+  EXPECT_EQ(DestinationEnd(), IncomingMigration::Outcome::kPaused);
+  EXPECT_FALSE(source_->vmm.runs());
+  EXPECT_EQ(in_->report().handover(), v1::OWNER);
+  EXPECT_EQ(in_->report().reason(), v1::DESTINATION_VMM_FAILED);
+  EXPECT_FALSE(in_->report().guest_running());
+}
+
+TEST_F(EngineTest, DestinationVmmKilledDuringPrecopy) {
+  Prepare("m1");
+  proxy_.set_filter([&](bool to_destination, const v1::PeerMessage& message) {
+    if (!to_destination && message.has_welcome()) destination_->vmm.Kill();
+    return true;
+  });
+  params_.set_bandwidth(1 << 20);
+  StartDestination();
+  StartSource();
+  ExpectStayed(v1::DESTINATION_VMM_FAILED);
+  params_.set_bandwidth(0);
+  ExpectRetryWorks();
+}
+
+TEST_F(EngineTest, SourceVmmThatDiesTakesTheGuestWithItAndIsReported) {
+  Prepare("m1");
+  proxy_.set_filter([&](bool to_destination, const v1::PeerMessage& message) {
+    if (!to_destination && message.has_welcome()) source_->vmm.Kill();
+    return true;
+  });
+  params_.set_bandwidth(1 << 20);
+  StartDestination();
+  StartSource();
+  EXPECT_EQ(SourceEnd(), OutgoingMigration::Outcome::kLost);
+  EXPECT_TRUE(out_->report().guest_lost());
+  EXPECT_EQ(out_->report().reason(), v1::SOURCE_VMM_FAILED);
+  EXPECT_EQ(DestinationEnd(), IncomingMigration::Outcome::kRefused);
+}
+
+TEST_F(EngineTest, WrongTokenAndWrongEpochAreTurnedAway) {
+  Prepare("m1");
+  StartDestination();
+  token_.fill(77);
+  StartSource();
+  EXPECT_EQ(SourceEnd(), OutgoingMigration::Outcome::kResumed);
+  EXPECT_EQ(in_->outcome(), IncomingMigration::Outcome::kNone) << "a stranger's connection changes nothing";
+}
+
+TEST_F(EngineTest, NobodyListens) {
+  Prepare("m1");
+  proxy_.unreachable = true;
+  StartSource();
+  EXPECT_EQ(SourceEnd(), OutgoingMigration::Outcome::kResumed);
+  EXPECT_EQ(out_->report().reason(), v1::PEER_CONNECTION_FAILED) << out_->report().ShortDebugString();
+  proxy_.unreachable = false;
+  ExpectRetryWorks();
+}
+
+TEST_F(EngineTest, GuestThatWritesTooMuchIsNotMovedWhenThePolicySaysAbort) {
+  Prepare("m1");
+  source_->vmm.working_set = 1000;
+  source_->vmm.pause_us = 0;
+  params_.mutable_max_downtime()->set_nanos(21'000'000);
+  params_.set_on_stall(v1::ON_STALL_ABORT);
+  params_.set_max_stalled_rounds(2);
+  params_.set_bandwidth(20 << 20);
+  StartDestination();
+  StartSource();
+  ExpectStayed(v1::NOT_CONVERGING);
+}
+
+TEST_F(EngineTest, RetuneInFlightLetsItFinish) {
+  Prepare("m1");
+  params_.set_bandwidth(100 << 10);  // would take a minute
+  StartDestination();
+  StartSource();
+  ASSERT_TRUE(out_->Retune(0, seconds(1)).ok());
+  ExpectMoved();
+}
+
+TEST_F(EngineTest, MaxDurationEndsPrecopy) {
+  Prepare("m1");
+  params_.set_bandwidth(100 << 10);
+  params_.mutable_max_duration()->set_nanos(300'000'000);
+  StartDestination();
+  StartSource();
+  ExpectStayed(v1::PHASE_TIMEOUT);
+}
+
+TEST_F(EngineTest, AbortAtTheDestinationLetsTheSourceGoOn) {
+  Prepare("m1");
+  params_.set_bandwidth(1 << 20);
+  StartDestination();
+  proxy_.set_filter([&](bool to_destination, const v1::PeerMessage& message) {
+    if (!to_destination && message.has_welcome()) {
+      EXPECT_TRUE(in_->Abort("asked to").ok());
+    }
+    return true;
+  });
+  StartSource();
+  ExpectStayed(v1::CANCELLED_BY_REQUEST);
+  EXPECT_EQ(in_->report().phase(), v1::CANCELLED);
+}
+
+// Cancel or cut when the n-th message of channel 0 passes, in either direction.
+enum class Blow { kCancel, kCutBefore, kCutAfter, kAbortDestination };
+
+class BlowTest : public EngineTest, public testing::WithParamInterface<Blow> {
+ protected:
+  // False if the migration has fewer messages than `at`.
+  bool Run(int at) {
+    std::atomic<int> seen{0};
+    std::atomic<bool> struck{false}, cut_next{false};
+    Prepare("m1");
+    proxy_.set_filter([&](bool, const v1::PeerMessage&) {
+      if (cut_next.exchange(false)) return false;
+      if (seen++ != at) return true;
+      struck = true;
+      switch (GetParam()) {
+        case Blow::kCancel:
+          (void)out_->Cancel();
+          return true;
+        case Blow::kAbortDestination:
+          (void)in_->Abort("test");
+          return true;
+        case Blow::kCutBefore:
+          return false;
+        case Blow::kCutAfter:
+          cut_next = true;
+          return true;
+      }
+      return true;
+    });
+    StartDestination();
+    started_ = false;
+    StartSource();
+    const auto source = SourceEnd();
+    const auto destination = DestinationEnd();
+    const bool moved = source == OutgoingMigration::Outcome::kReleased;
+    EXPECT_EQ(destination, moved ? IncomingMigration::Outcome::kOwner : IncomingMigration::Outcome::kRefused)
+        << out_->report().ShortDebugString() << in_->report().ShortDebugString();
+    EXPECT_TRUE(moved || source == OutgoingMigration::Outcome::kResumed);
+    ExpectOneGuest(moved);
+    if (!moved && !HasFailure()) ExpectRetryWorks();
+    return struck;
+  }
+  bool started_ = false;
+};
+
+TEST_P(BlowTest, AtEveryMessageExactlyOneGuestRuns) {
+  int at = 0;
+  for (; at < 200; ++at) {
+    source_ = nullptr;
+    source_ = std::make_unique<Host>(true, std::vector<JournalRecord>{{K::kOwner, 1, ""}});
+    const bool struck = Run(at);
+    out_.reset();
+    if (HasFailure()) FAIL() << "at message " << at;
+    if (!struck) break;
+  }
+  EXPECT_GT(at, 10) << "there are more messages than that";
+}
+
+INSTANTIATE_TEST_SUITE_P(Engine, BlowTest,
+                         testing::Values(Blow::kCancel, Blow::kCutBefore, Blow::kCutAfter,
+                                         Blow::kAbortDestination),
+                         [](const auto& info) {
+                           switch (info.param) {
+                             case Blow::kCancel:
+                               return "Cancel";
+                             case Blow::kCutBefore:
+                               return "CutBefore";
+                             case Blow::kCutAfter:
+                               return "CutAfter";
+                             default:
+                               return "AbortDestination";
+                           }
+                         });
+
+// --- after YIELDED with the destination out of reach ---
+
+class UndecidedTest : public EngineTest {
+ protected:
+  // Cuts everything as Yield passes (or its verdict), and keeps the destination out of reach.
+  void LoseAt(bool verdict) {
+    Prepare("m1");
+    proxy_.set_filter([this, verdict](bool to_destination, const v1::PeerMessage& message) {
+      const bool here =
+          verdict ? !to_destination && message.has_verdict() : to_destination && message.has_yield();
+      if (here) proxy_.unreachable = true;
+      return !here;
+    });
+    StartDestination();
+    StartSource();
+    // Asks, and is not answered.
+    const Deadline deadline = Deadline::After(kEnd);
+    while (proxy_.queries < 3 && !deadline.Expired()) std::this_thread::sleep_for(milliseconds(2));
+    EXPECT_EQ(out_->outcome(), OutgoingMigration::Outcome::kNone);
+    EXPECT_FALSE(source_->vmm.runs());
+    EXPECT_EQ(out_->report().handover(), v1::YIELDED);
+    EXPECT_FALSE(out_->report().guest_running());
+    EXPECT_FALSE(out_->Cancel().ok());
+  }
+};
+
+TEST_F(UndecidedTest, HearsRefusedOnceTheDestinationIsBack) {
+  LoseAt(false);
+  proxy_.unreachable = false;
+  ExpectStayed(v1::PEER_CONNECTION_FAILED);
+  ExpectRetryWorks();
+}
+
+TEST_F(UndecidedTest, HearsOwnerOnceTheDestinationIsBack) {
+  LoseAt(true);
+  EXPECT_EQ(DestinationEnd(), IncomingMigration::Outcome::kOwner);
+  proxy_.unreachable = false;
+  ExpectMoved();
+}
+
+TEST_F(UndecidedTest, ResolvedByTheDestinationsJournal) {
+  LoseAt(true);
+  ASSERT_TRUE(out_->Resolve(v1::OWNER, false).ok());
+  ExpectMoved();
+}
+
+TEST_F(UndecidedTest, ResolvedByFencingOwnsAtANewerEpoch) {
+  LoseAt(false);
+  EXPECT_FALSE(out_->Resolve(v1::IDLE, false).ok());
+  destination_->vmm.Kill();
+  ASSERT_TRUE(out_->Resolve(v1::REFUSED, true).ok());
+  EXPECT_EQ(SourceEnd(), OutgoingMigration::Outcome::kResumed);
+  EXPECT_EQ(out_->report().reason(), v1::RESOLVED_BY_OPERATOR);
+  EXPECT_EQ(out_->report().epoch(), 3u);
+  EXPECT_EQ(source_->journal.Records().back(), (JournalRecord{K::kFenced, 3, "m1"}));
+  ExpectOneGuest(false);
+}
+
+TEST_F(UndecidedTest, ARestartedShimGoesOnAsking) {
+  LoseAt(false);
+  out_.reset();
+  EXPECT_FALSE(source_->vmm.runs());
+  auto asking = OutgoingMigration::ResumeAsking(MakeSourceOptions(), MakeSourceParts());
+  ASSERT_TRUE(asking.ok()) << asking.status();
+  out_ = *std::move(asking);
+  EXPECT_EQ(out_->Wait(Deadline::After(milliseconds(50))).status().code(),
+            absl::StatusCode::kDeadlineExceeded);
+  proxy_.unreachable = false;
+  source_->vmm.tracking = false;
+  EXPECT_EQ(SourceEnd(), OutgoingMigration::Outcome::kResumed);
+  ExpectOneGuest(false);
+}
+
+TEST_F(UndecidedTest, ARestartedDestinationRefusesWhatItHadNotDecided) {
+  LoseAt(false);
+  EXPECT_EQ(DestinationEnd(), IncomingMigration::Outcome::kRefused);
+  proxy_.set_accept(nullptr);
+  in_.reset();
+  auto recovered = IncomingMigration::Recover(MakeDestinationOptions(), MakeDestinationParts());
+  ASSERT_TRUE(recovered.ok()) << recovered.status();
+  in_ = *std::move(recovered);
+  proxy_.set_accept([this](const stream::PreambleBytes& preamble, UniqueFd fd) {
+    return in_->AcceptChannel(preamble, std::move(fd));
+  });
+  proxy_.unreachable = false;
+  EXPECT_EQ(SourceEnd(), OutgoingMigration::Outcome::kResumed);
+  ExpectOneGuest(false);
+}
+
+TEST_F(UndecidedTest, ARestartedOwnerGoesOnOwning) {
+  LoseAt(true);
+  EXPECT_EQ(DestinationEnd(), IncomingMigration::Outcome::kOwner);
+  proxy_.set_accept(nullptr);
+  in_.reset();
+  auto recovered = IncomingMigration::Recover(MakeDestinationOptions(), MakeDestinationParts());
+  ASSERT_TRUE(recovered.ok()) << recovered.status();
+  in_ = *std::move(recovered);
+  EXPECT_EQ(DestinationEnd(), IncomingMigration::Outcome::kOwner);
+  proxy_.set_accept([this](const stream::PreambleBytes& preamble, UniqueFd fd) {
+    return in_->AcceptChannel(preamble, std::move(fd));
+  });
+  proxy_.unreachable = false;
+  ExpectMoved();
+}
+
+TEST_F(UndecidedTest, ReconnectedShimOfAnUndecidedJournalMustNotStart) {
+  LoseAt(false);
+  EXPECT_EQ(OutgoingMigration::ResumeAsking(
+                [&] {
+                  SourceOptions options = MakeSourceOptions();
+                  options.migration_id = "other";
+                  return options;
+                }(),
+                MakeSourceParts())
+                .status()
+                .code(),
+            absl::StatusCode::kFailedPrecondition);
+}
+
+}  // namespace
+}  // namespace baton::migration
