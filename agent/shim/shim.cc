@@ -48,6 +48,8 @@ Shim::Shim(ConfigStore config)
 
 Shim::~Shim() {
   if (task_.joinable()) task_.join();
+  // Engines use the VM; what they still report goes nowhere.
+  migrations_.reset();
   if (control_) control_->Close();
   vm_.reset();
 }
@@ -63,6 +65,16 @@ absl::Status Shim::Init() {
   };
   vm_ = std::make_unique<VirtualMachine>(config_, std::move(callbacks));
   RETURN_IF_ERROR(vm_->OpenJournal());
+  MigrationHost::Callbacks migration_callbacks;
+  migration_callbacks.on_report = [this](const v1::SideReport& report) {
+    v1::ShimReply event;
+    *event.mutable_event_report() = report;
+    control_->Publish(std::move(event));
+  };
+  migration_callbacks.on_end = [this](const std::string& id) {
+    loop_->Post([this, id] { OnMigrationEnd(id); });
+  };
+  migrations_ = std::make_unique<MigrationHost>(*vm_, std::move(migration_callbacks));
   ControlServer::Handlers handlers;
   handlers.on_request = [this](v1::ShimRequest request, UniqueFd fd, Respond respond) {
     OnRequest(std::move(request), std::move(fd), std::move(respond));
@@ -103,6 +115,11 @@ void Shim::OnSignal() {
   signalfd_siginfo info;
   while (::read(signals_.get(), &info, sizeof(info)) == sizeof(info)) {
     if (info.ssi_signo == SIGHUP) continue;
+    if (migrations_->busy()) {
+      LOG_WARN("{}: ignored during migration {}", ::strsignal(static_cast<int>(info.ssi_signo)),
+               migrations_->active());
+      continue;
+    }
     LOG_INFO("{}: leaving; the guest stays as it is, its disks wait for the next shim",
              ::strsignal(static_cast<int>(info.ssi_signo)));
     uint64_t one = 1;
@@ -156,12 +173,115 @@ void Shim::BringUp() {
       return;
     }
     WatchVmm();
+    absl::Status settled;
     if (adopt) {
-      absl::Status resumed = vm_->driver().Resume(Deadline::After(kStartTimeout));
-      vm_->SetState(resumed.ok() ? v1::Vm::RUNNING : v1::Vm::PAUSED, Message(resumed));
+      settled = SettleAdopted();
+    } else if (vm_->state() == v1::Vm::INCOMING) {
+      settled = migrations_->StartIncoming(/*recover=*/false);
+      incoming_ready_ = settled.ok();
+      PublishStatus();
+    }
+    if (settled.ok()) return;
+    LOG_ERROR("{}", Message(settled));
+    reason_ = ReasonOf(settled, v1::INTERNAL);
+    if (vm_->state() == v1::Vm::INCOMING) {
+      vm_->Dismantle();
+      vm_->SetState(v1::Vm::STOPPED, Message(settled));
+    } else {
+      vm_->SetState(v1::Vm::PAUSED, Message(settled));
     }
   };
   (void)StartTask("starting the VM", std::move(work), std::move(done));
+}
+
+absl::Status Shim::SettleAdopted() {
+  ASSIGN_OR_RETURN(migration::Ownership ownership, vm_->ReadOwnership());
+  v1::ShimConfig config = config_.Get();
+  vm_->SetEpoch(ownership.epoch);
+  using State = migration::Ownership::State;
+  switch (ownership.state) {
+    case State::kOwner: {
+      if (!config.migration_id().empty() && ownership.migration == config.migration_id() &&
+          config.outgoing().migration_id().empty()) {
+        // Came by a migration, whose end the old shim may not have told.
+        return migrations_->StartIncoming(/*recover=*/true);
+      }
+      // A word of the outgoing migration in the journal (REFUSED) is the engine's business; without one the
+      // guest had not been given away.
+      absl::Status resumed = migrations_->ResumeOutgoing();
+      if (resumed.code() != absl::StatusCode::kFailedPrecondition) return resumed;
+      RETURN_IF_ERROR(vm_->driver().Resume(Deadline::After(kStartTimeout)));
+      vm_->SetState(v1::Vm::RUNNING);
+      if (!config.outgoing().migration_id().empty()) migrations_->ReportInterrupted(config.outgoing());
+      return absl::OkStatus();
+    }
+    case State::kYielded:
+      vm_->SetState(v1::Vm::PAUSED,
+                    fmt::format("given away in migration {}; asking what became of it", ownership.migration));
+      return migrations_->ResumeOutgoing();
+    case State::kReleased:
+      return migrations_->ResumeOutgoing();
+    default:
+      // Nothing is owned here; what had arrived of an undecided migration died with the old shim.
+      vm_->SetState(v1::Vm::INCOMING, "the shim that received the guest died");
+      return migrations_->StartIncoming(/*recover=*/true);
+  }
+}
+
+void Shim::OnMigrationEnd(const std::string& migration_id) {
+  auto ended = migrations_->OnEnd(migration_id);
+  if (!ended) return;
+  using End = MigrationHost::End;
+  if (auto ownership = vm_->ReadOwnership(); ownership.ok()) vm_->SetEpoch(ownership->epoch);
+  switch (ended->end) {
+    case End::kRunning: {
+      absl::Status status = config_.Update([&](v1::ShimConfig& c) {
+        c.set_mode(v1::ShimConfig::ADOPT);
+        c.set_epoch(vm_->Describe().epoch());
+      });
+      if (!status.ok()) LOG_WARN("{}", Message(status));
+      vm_->SetState(v1::Vm::RUNNING);
+      break;
+    }
+    case End::kPaused:
+      vm_->SetState(v1::Vm::PAUSED, ended->report.message());
+      break;
+    case End::kReleased:
+    case End::kRefused:
+    case End::kLost: {
+      if (std::exchange(watching_vmm_, false)) loop_->Unwatch(vm_->driver().exit_fd());
+      vmm_ended_ = false;
+      std::string how = ended->end == End::kLost ? vm_->driver().DescribeExit() : ended->report.message();
+      reason_ = ended->report.reason();
+      vm_->Dismantle();
+      vm_->SetState(v1::Vm::STOPPED,
+                    ended->end == End::kReleased ? "moved away in migration " + migration_id : how);
+      break;
+    }
+  }
+  if (abort_) {
+    Respond respond = std::exchange(abort_, nullptr);
+    if (ended->end != End::kRefused) {
+      respond(Error(absl::StatusCode::kFailedPrecondition, "this host owns the guest of migration {}",
+                    migration_id));
+    } else {
+      respond(v1::ShimReply());
+      loop_->Post([this] { Exit(0); });
+    }
+  }
+  if (std::exchange(vmm_ended_, false)) OnVmmExit();
+  ::malloc_trim(0);
+}
+
+void Shim::AbortIncoming(const v1::AbortIncomingCommand& command, Respond respond) {
+  absl::Status status = migrations_->AbortIncoming(command.migration_id());
+  if (!status.ok()) return respond(status);
+  if (migrations_->active() == command.migration_id()) {
+    abort_ = std::move(respond);
+    return;
+  }
+  respond(v1::ShimReply());
+  loop_->Post([this] { Exit(0); });
 }
 
 void Shim::WatchVmm() {
@@ -176,6 +296,12 @@ void Shim::OnVmmExit() {
     vmm_ended_ = true;
     return;
   }
+  if (migrations_->busy()) {
+    vmm_ended_ = true;
+    LOG_WARN("{}", vm_->driver().DescribeExit());
+    (void)migrations_->OnVmmExit(vm_->driver().DescribeExit());
+    return;
+  }
   VirtualMachine::Ending ending = vm_->OnVmmExit();
   reason_ = ending.wanted ? v1::NONE : v1::SOURCE_VMM_FAILED;
   PublishStatus();
@@ -186,7 +312,8 @@ v1::ShimStatus Shim::Status() const {
   status.set_pid(static_cast<uint64_t>(::getpid()));
   status.set_version(kVersion);
   *status.mutable_vm() = vm_->Describe();
-  status.set_incoming_ready(status.vm().state() == v1::Vm::INCOMING);
+  status.set_incoming_ready(incoming_ready_ && status.vm().state() == v1::Vm::INCOMING);
+  if (auto reports = migrations_->Reports(); !reports.empty()) *status.mutable_report() = reports.back();
   status.set_reason(reason_);
   return status;
 }
@@ -194,7 +321,11 @@ v1::ShimStatus Shim::Status() const {
 std::vector<v1::ShimReply> Shim::Snapshot() const {
   v1::ShimReply status;
   *status.mutable_event_status() = Status();
-  return {status};
+  std::vector<v1::ShimReply> events{status};
+  for (v1::SideReport& report : migrations_->Reports()) {
+    *events.emplace_back().mutable_event_report() = std::move(report);
+  }
+  return events;
 }
 
 void Shim::PublishStatus() {
@@ -204,7 +335,10 @@ void Shim::PublishStatus() {
   control_->Publish(std::move(event));
 }
 
-void Shim::OnRequest(v1::ShimRequest request, [[maybe_unused]] UniqueFd fd, Respond respond) {
+void Shim::OnRequest(v1::ShimRequest request, UniqueFd fd, Respond respond) {
+  auto answer = [&](const absl::Status& status) {
+    respond(status.ok() ? absl::StatusOr<v1::ShimReply>(v1::ShimReply()) : status);
+  };
   switch (request.body_case()) {
     case v1::ShimRequest::kStatus: {
       v1::ShimReply reply;
@@ -217,6 +351,24 @@ void Shim::OnRequest(v1::ShimRequest request, [[maybe_unused]] UniqueFd fd, Resp
       return Stop(request.stop(), std::move(respond));
     case v1::ShimRequest::kRetire:
       return Retire(std::move(respond));
+    case v1::ShimRequest::kStartOutgoing:
+      if (!task_name_.empty()) {
+        return respond(Error(absl::StatusCode::kFailedPrecondition, "the shim is busy {}", task_name_));
+      }
+      return answer(migrations_->StartOutgoing(request.start_outgoing()));
+    case v1::ShimRequest::kCancel:
+      return answer(migrations_->Cancel(request.cancel().migration_id()));
+    case v1::ShimRequest::kRetune:
+      return answer(migrations_->Retune(request.retune()));
+    case v1::ShimRequest::kResolve:
+      return answer(migrations_->Resolve(request.resolve()));
+    case v1::ShimRequest::kAcceptChannel:
+      return answer(migrations_->AcceptChannel(request.accept_channel(), std::move(fd)));
+    case v1::ShimRequest::kAbortIncoming:
+      return AbortIncoming(request.abort_incoming(), std::move(respond));
+    case v1::ShimRequest::kReportAck:
+      migrations_->Acknowledge(request.report_ack());
+      return answer(absl::OkStatus());
     default:
       return respond(Error(absl::StatusCode::kUnimplemented, "request {} is not known to this shim",
                            static_cast<int>(request.body_case())));
@@ -240,6 +392,10 @@ void Shim::Inspect(const v1::InspectVmCommand& command, Respond respond) {
 }
 
 void Shim::Stop(const v1::StopVmCommand& command, Respond respond) {
+  if (migrations_->busy()) {
+    return respond(Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
+                         "the VM is in migration {}; cancel that first", migrations_->active()));
+  }
   auto result = std::make_shared<absl::Status>();
   bool force = command.force();
   auto work = [this, result, force] {
@@ -277,7 +433,7 @@ void Shim::Stop(const v1::StopVmCommand& command, Respond respond) {
 }
 
 void Shim::Retire(Respond respond) {
-  if (!task_name_.empty() || vm_->state() != v1::Vm::STOPPED) {
+  if (!task_name_.empty() || migrations_->busy() || vm_->state() != v1::Vm::STOPPED) {
     return respond(Error(absl::StatusCode::kFailedPrecondition,
                          "the VM is {}; a shim retires when its VM has ended",
                          v1::Vm::State_Name(vm_->state())));

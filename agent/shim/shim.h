@@ -12,6 +12,7 @@
 
 #include "agent/shim/control_server.h"
 #include "agent/shim/event_loop.h"
+#include "agent/shim/migration_host.h"
 #include "agent/shim/virtual_machine.h"
 #include "baton/v1/shim.pb.h"
 #include "common/status.h"
@@ -45,6 +46,10 @@ class Shim {
   void Inspect(const v1::InspectVmCommand& command, Respond respond);
   void Stop(const v1::StopVmCommand& command, Respond respond);
   void Retire(Respond respond);
+  void AbortIncoming(const v1::AbortIncomingCommand& command, Respond respond);
+  void OnMigrationEnd(const std::string& migration_id);
+  // After the VMM of an earlier shim was taken over: what the journal says is to be done now.
+  absl::Status SettleAdopted();
   // Publishes the status to subscribers; many changes in a row become one event.
   void PublishStatus();
   void WatchVmm();
@@ -61,6 +66,8 @@ class Shim {
   std::unique_ptr<EventLoop> loop_;
   std::unique_ptr<VirtualMachine> vm_;
   std::shared_ptr<ControlServer> control_;
+  std::unique_ptr<MigrationHost> migrations_;
+  Respond abort_;  // waits for the incoming migration to be refused
   UniqueFd signals_;
   UniqueFd cancel_;  // eventfd: tells a task to hurry
   std::thread task_;
@@ -68,6 +75,7 @@ class Shim {
   bool watching_vmm_ = false;
   bool vmm_ended_ = false;  // while a task ran; dealt with after it
   v1::Reason reason_ = v1::REASON_UNSPECIFIED;
+  bool incoming_ready_ = false;
   bool exiting_ = false;
   int exit_code_ = 0;
   std::shared_ptr<std::atomic<bool>> publish_pending_;

@@ -22,10 +22,26 @@ std::string StringAt(const json& object, const char* key) {
   return it != object.end() && it->is_string() ? it->get<std::string>() : "";
 }
 
-int IntAt(const json& object, const char* key) {
+int64_t IntegerAt(const json& object, const char* key) {
   if (!object.is_object()) return 0;
   auto it = object.find(key);
-  return it != object.end() && it->is_number_integer() ? it->get<int>() : 0;
+  return it != object.end() && it->is_number_integer() ? it->get<int64_t>() : 0;
+}
+
+int IntAt(const json& object, const char* key) { return static_cast<int>(IntegerAt(object, key)); }
+
+// QEMU stamps events with the real time; this is the monotonic time of that moment.
+int64_t EventTime(const json& event) {
+  const int64_t now = MonotonicNs();
+  auto stamp = event.find("timestamp");
+  if (stamp == event.end() || !stamp->is_object()) return now;
+  const int64_t real_now = std::chrono::duration_cast<std::chrono::nanoseconds>(
+                               std::chrono::system_clock::now().time_since_epoch())
+                               .count();
+  const int64_t second = IntegerAt(*stamp, "seconds");
+  const int64_t age = real_now - (second * 1000000 + IntegerAt(*stamp, "microseconds")) * 1000;
+  constexpr int64_t kOldest = 10'000'000'000;
+  return age >= 0 && age < kOldest ? now - age : now;
 }
 
 std::string Dump(const json& value) { return value.dump(-1, ' ', false, json::error_handler_t::replace); }
@@ -232,6 +248,7 @@ void QmpClient::HandleLine(const std::string& line) {
     QmpEvent event;
     event.sequence = ++event_count_;
     event.name = std::move(name);
+    event.at_ns = EventTime(message);
     auto data = message.find("data");
     event.data = data != message.end() && data->is_object() ? std::move(*data) : json::object();
     events_.push_back(std::move(event));

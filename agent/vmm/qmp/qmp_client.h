@@ -25,6 +25,8 @@ struct QmpEvent {
   uint64_t sequence = 0;  // counts events of this connection, from 1
   std::string name;       // "MIGRATION", "STOP", "SHUTDOWN", …
   nlohmann::json data;    // an object, empty if the event has none
+  // CLOCK_MONOTONIC when it happened, by QEMU's time stamp; when it arrived if that makes no sense.
+  int64_t at_ns = 0;
 };
 
 // Thread-safe; commands of several threads overlap. One reader thread, which sleeps while QEMU is silent.

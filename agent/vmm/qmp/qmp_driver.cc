@@ -229,6 +229,8 @@ absl::StatusOr<UniqueFd> QmpDriver::Freeze(Deadline deadline) {
     return Error(absl::StatusCode::kUnavailable, "QEMU did not freeze the guest (migration {}): {}", *reached,
                  MigrationError(deadline));
   }
+  auto stop = qmp_->Newest("STOP");
+  frozen_at_ns_ = stop && stop->sequence > mark ? stop->at_ns : 0;
   return state;
 }
 

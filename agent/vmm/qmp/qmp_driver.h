@@ -50,6 +50,7 @@ class QmpDriver final : public VmmDriver {
   std::string version() const override;
   absl::StatusOr<bool> IsRunning(Deadline deadline) override;
   absl::StatusOr<UniqueFd> Freeze(Deadline deadline) override;
+  int64_t frozen_at_ns() const override { return frozen_at_ns_; }
   absl::Status ContinueState(Deadline deadline) override;
   absl::Status Resume(Deadline deadline) override;
   absl::StatusOr<UniqueFd> BeginLoad(Deadline deadline) override;
@@ -90,6 +91,7 @@ class QmpDriver final : public VmmDriver {
   const uint64_t log_start_;  // where this QEMU's output begins in the file
   std::unique_ptr<QmpClient> qmp_;
   uint64_t load_events_ = 0;
+  int64_t frozen_at_ns_ = 0;
   std::mutex exit_mutex_;
   std::optional<Process> child_;          // guarded by exit_mutex_; absent if adopted
   std::optional<std::string> exit_text_;  // guarded by exit_mutex_
