@@ -124,9 +124,9 @@ absl::Status SqliteStore::Problem(int code, const char* what) const {
   }
 }
 
-absl::Status SqliteStore::Execute(const char* sql) {
+absl::Status SqliteStore::Execute(const char* sql, const char* what) {
   int code = sqlite3_exec(db_, sql, nullptr, nullptr, nullptr);
-  return code == SQLITE_OK ? absl::OkStatus() : Problem(sqlite3_extended_errcode(db_), "cannot be set up");
+  return code == SQLITE_OK ? absl::OkStatus() : Problem(sqlite3_extended_errcode(db_), what);
 }
 
 absl::StatusOr<std::unique_ptr<SqliteStore>> SqliteStore::Open(const SqliteOptions& options) {
@@ -280,26 +280,31 @@ absl::Status SqliteStore::Compact(int64_t upto) {
   return code == SQLITE_DONE ? absl::OkStatus() : Problem(code, "cannot be compacted");
 }
 
+absl::Status SqliteStore::CommitOnce(const Batch& batch, int64_t revision, int64_t compact_to) {
+  RETURN_IF_ERROR(Execute("BEGIN IMMEDIATE", "cannot be written"));
+  absl::Status status = WriteBatch(batch, revision);
+  if (status.ok() && compact_to > 0) status = Compact(compact_to);
+  if (status.ok()) status = Execute("COMMIT", "cannot be written");
+  // Some errors (a full disk among them) have rolled the transaction back already.
+  if (!status.ok() && !sqlite3_get_autocommit(db_)) sqlite3_exec(db_, "ROLLBACK", nullptr, nullptr, nullptr);
+  return status;
+}
+
 absl::StatusOr<int64_t> SqliteStore::Commit(const Batch& batch) {
   if (batch.empty()) return absl::InvalidArgumentError("an empty batch");
   int64_t revision = revision_ + 1;
   // Revisions count commits, so this bounds the log by commits; hosts and VMs change seldom.
   int64_t compact_to = revision - log_length_;
-  bool compact = compact_to - compacted_ >= std::max<int64_t>(log_length_ / 10, 1);
-  RETURN_IF_ERROR(Execute("BEGIN IMMEDIATE"));
-  absl::Status status = WriteBatch(batch, revision);
-  if (status.ok() && compact) status = Compact(compact_to);
-  if (status.ok()) {
-    int code = sqlite3_exec(db_, "COMMIT", nullptr, nullptr, nullptr);
-    if (code != SQLITE_OK) status = Problem(sqlite3_extended_errcode(db_), "cannot be written");
+  if (compact_to - compacted_ < std::max<int64_t>(log_length_ / 10, 1)) compact_to = 0;
+  absl::Status status = CommitOnce(batch, revision, compact_to);
+  if (status.code() == absl::StatusCode::kResourceExhausted) {
+    // The write-ahead log may be what fills the disk; merged into the database it starts from nothing.
+    sqlite3_exec(db_, "PRAGMA wal_checkpoint(TRUNCATE)", nullptr, nullptr, nullptr);
+    status = CommitOnce(batch, revision, compact_to);
   }
-  if (!status.ok()) {
-    // Some errors (a full disk among them) have rolled the transaction back already.
-    if (!sqlite3_get_autocommit(db_)) sqlite3_exec(db_, "ROLLBACK", nullptr, nullptr, nullptr);
-    return status;
-  }
+  RETURN_IF_ERROR(status);
   revision_ = revision;
-  if (compact) compacted_ = compact_to;
+  if (compact_to > 0) compacted_ = compact_to;
   return revision;
 }
 

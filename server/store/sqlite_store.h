@@ -42,8 +42,10 @@ class SqliteStore : public Store {
   struct Statements;
   SqliteStore();
   absl::Status Prepare();
-  absl::Status Execute(const char* sql);
+  absl::Status Execute(const char* sql, const char* what = "cannot be set up");
   absl::Status Problem(int code, const char* what) const;
+  // compact_to 0: nothing to compact.
+  absl::Status CommitOnce(const Batch& batch, int64_t revision, int64_t compact_to);
   absl::Status WriteBatch(const Batch& batch, int64_t revision);
   absl::Status Compact(int64_t upto);
 

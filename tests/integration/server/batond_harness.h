@@ -34,11 +34,21 @@ class BatondHarness {
   std::string socket() const { return dir_ + "/batond.sock"; }
   std::string data() const { return dir_ + "/data"; }
 
+  // Words put before batond's own command line, for a shell or namespace around it.
+  void set_wrapper(std::vector<std::string> wrapper) { wrapper_ = std::move(wrapper); }
+  // For the harness's own channels.
+  void set_tls(TlsFiles files, std::string server_name) {
+    tls_ = std::move(files);
+    server_name_ = std::move(server_name);
+  }
+  pid_t pid() const { return process_ ? process_->pid() : -1; }
+
   // Starts and waits until it serves.
   absl::Status Start() {
     SpawnOptions options;
     options.argv = {BATOND_PATH,  "--listen", "unix:" + socket(), "--metrics", "off",
                     "--data-dir", data(),     "--heartbeat",      "200ms"};
+    options.argv.insert(options.argv.begin(), wrapper_.begin(), wrapper_.end());
     options.argv.insert(options.argv.end(), extra_.begin(), extra_.end());
     options.stderr_fd = 2;
     ASSIGN_OR_RETURN(Process process, Process::Spawn(options));
@@ -54,6 +64,9 @@ class BatondHarness {
     process_->Signal(SIGKILL);
     (void)process_->Wait(Deadline::After(std::chrono::seconds(10)));
     process_.reset();
+    // The channel notices in its own time; a call made before that would fail.
+    channel_->WaitForStateChange(GRPC_CHANNEL_READY,
+                                 std::chrono::system_clock::now() + std::chrono::seconds(10));
   }
   ExitStatus Terminate() { return process_->Terminate(Deadline::After(std::chrono::seconds(10))); }
   void Restart() {
@@ -71,7 +84,7 @@ class BatondHarness {
     arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
     Address address;
     address.unix_path = socket();
-    return *MakeChannel(address, {}, "", arguments);
+    return *MakeChannel(address, tls_, server_name_, arguments);
   }
   std::shared_ptr<grpc::Channel> channel() {
     if (!channel_) channel_ = NewChannel();
@@ -81,6 +94,9 @@ class BatondHarness {
  private:
   std::string dir_;
   std::vector<std::string> extra_;
+  std::vector<std::string> wrapper_;
+  TlsFiles tls_;
+  std::string server_name_;
   std::unique_ptr<Process> process_;
   std::shared_ptr<grpc::Channel> channel_;
 };
