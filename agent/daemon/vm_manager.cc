@@ -216,8 +216,7 @@ absl::StatusOr<v1::Vm> VmManager::StartVm(const v1::StartVmCommand& command, Dea
       entry->set_conf(conf);  // so that a failure gives back what a hook made
       const v1::Backend& backend = conf.devices(conf.devices_size() - 1).backend();
       auto probed = vhost::ProbeBackend(device, backend, deadline.Min(Deadline::After(kProbeTimeout)));
-      if (!probed.ok())
-        return WithReason(Annotate(probed.status(), "device " + device.name()), v1::SOURCE_BACKEND_FAILED);
+      if (!probed.ok()) return WithReason(probed.status(), v1::SOURCE_BACKEND_FAILED);
     }
     entry->set_conf(conf);
     RETURN_IF_ERROR(parts_.store.Write(spec.name(), conf));
@@ -260,7 +259,8 @@ absl::Status VmManager::BringUp(const EntryPtr& entry,
   if (why.empty()) why = TailOfShimLog(config_, entry->name());
   if (absl::IsDeadlineExceeded(up) && why.empty()) return Annotate(up, "the VM does not come up");
   absl::StatusCode code = up.ok() ? absl::StatusCode::kFailedPrecondition : up.code();
-  return Error(code, "{}", why.empty() ? Message(up) : why);
+  absl::Status failure = Error(code, "{}", why.empty() ? Message(up) : why);
+  return status.reason() == v1::REASON_UNSPECIFIED ? failure : WithReason(failure, status.reason());
 }
 
 absl::Status VmManager::StopVm(const v1::StopVmCommand& command, Deadline deadline) {

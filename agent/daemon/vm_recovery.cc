@@ -182,6 +182,10 @@ void VmManager::Adopt(const EntryPtr& entry, const migration::Ownership& ownersh
           deadline);
     }
   }
+  // A shim that could not take the VM over says STOPPED although the VMM lives.
+  if (adopted.ok() && entry->status().vm().state() == v1::Vm::STOPPED &&
+      ProcessAlive({static_cast<pid_t>(conf.vmm_pid()), conf.vmm_start_time()}))
+    adopted = absl::UnavailableError(entry->status().vm().message());
   if (adopted.ok()) {
     v1::ShimStatus status = entry->status();
     LOG_INFO("VM {}: a new shim took over (pid {})", entry->name(), status.pid());
