@@ -116,7 +116,7 @@ def qemu_memory(lab, size_gib, channels, runs):
 
 
 def memory(lab, runs):
-    subprocess.run([lab.program("bench_stream")], check=True)
+    subprocess.run([lab.program("bench_stream"), "--tls"], check=True)
     for channels in (None, 2):
         rates = qemu_memory(lab, 4, channels, min(runs, 5) + 1)[1:]
         row(f"QEMU {'multifd 2' if channels else 'plain'}", rates, "GiB/s")

@@ -215,7 +215,9 @@ TEST_P(DirtySourceTest, NoWriteIsLost) {
                     run.count * kPageSize);
       }
     };
-    for (int i = 0; i < 40; ++i) {
+    // Emulated processors are slow.
+    const Deadline enough = Deadline::After(std::chrono::seconds(8));
+    for (int i = 0; i < 40 && (i < 5 || !enough.Expired()); ++i) {
       const uint64_t before = child.board().writes;
       round();
       WaitUntil([&] { return child.board().writes > before + 500; });
