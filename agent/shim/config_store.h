@@ -19,7 +19,8 @@ class ConfigStore {
       : path_(std::move(other.path_)), config_(std::move(other.config_)) {}
 
   v1::ShimConfig Get() const;
-  // Changes the configuration and makes it durable. On STATE_WRITE_FAILED the change is kept in memory only.
+  // Changes the configuration and makes it durable; `change` must not use this object. On STATE_WRITE_FAILED
+  // the change is kept in memory only.
   absl::Status Update(const std::function<void(v1::ShimConfig&)>& change);
 
  private:

@@ -235,9 +235,10 @@ void Shim::OnMigrationEnd(const std::string& migration_id) {
   if (auto ownership = vm_->ReadOwnership(); ownership.ok()) vm_->SetEpoch(ownership->epoch);
   switch (ended->end) {
     case End::kRunning: {
+      const uint64_t epoch = vm_->Describe().epoch();
       absl::Status status = config_.Update([&](v1::ShimConfig& c) {
         c.set_mode(v1::ShimConfig::ADOPT);
-        c.set_epoch(vm_->Describe().epoch());
+        c.set_epoch(epoch);
       });
       if (!status.ok()) LOG_WARN("{}", Message(status));
       vm_->SetState(v1::Vm::RUNNING);

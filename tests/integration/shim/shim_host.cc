@@ -94,13 +94,14 @@ void ShimHost::ForgetEvents() {
   closed_ = false;
 }
 
-absl::Status ShimHost::StartShim(const v1::ShimConfig& config) {
+absl::Status ShimHost::StartShim(const v1::ShimConfig& config, const std::string& pause_at) {
   RETURN_IF_ERROR(WriteMessageDurable(state_dir_ + "/shim.conf", config));
   control_.reset();
   ForgetEvents();
   UniqueFd log(::open((dir_ + "/shim.log").c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
   SpawnOptions options;
   options.argv = {std::string(BATON_BINARY_DIR) + "/bin/baton-shim", "--dir", state_dir_};
+  if (!pause_at.empty()) options.env["BATON_PAUSE_AT"] = pause_at;
   options.stdout_fd = log.get();
   options.stderr_fd = log.get();
   ASSIGN_OR_RETURN(Process process, Process::Spawn(options));
@@ -124,6 +125,21 @@ absl::Status ShimHost::StartShim(const v1::ShimConfig& config) {
                    ControlClient::Connect(socket, std::move(handlers), Deadline::After(seconds(5))));
   return control_->Subscribe(Deadline::After(seconds(5)));
 }
+
+absl::Status ShimHost::WaitPause(const std::string& point, Deadline deadline) {
+  UniqueFd inotify(::inotify_init1(IN_CLOEXEC | IN_NONBLOCK));
+  if (::inotify_add_watch(inotify.get(), run_dir_.c_str(), IN_CREATE) < 0) return ErrnoError(errno, run_dir_);
+  while (!std::filesystem::exists(run_dir_ + "/pause-" + point)) {
+    absl::Status status = WaitFd(inotify.get(), POLLIN, deadline, "pause point " + point);
+    if (!status.ok()) return Annotate(status, ShimLog());
+    char events[4096];
+    while (::read(inotify.get(), events, sizeof(events)) > 0) {
+    }
+  }
+  return absl::OkStatus();
+}
+
+void ShimHost::Continue(const std::string& point) { std::filesystem::remove(run_dir_ + "/pause-" + point); }
 
 absl::StatusOr<v1::ShimConfig> ShimHost::ReadConfig() const {
   v1::ShimConfig config;

@@ -31,8 +31,11 @@ class ShimHost {
 
   // A configuration for `spec` with this host's paths; to be changed and given to StartShim.
   v1::ShimConfig MakeConfig(const v1::VmSpec& spec, v1::ShimConfig::Mode mode) const;
-  // Writes shim.conf, starts baton-shim, connects and subscribes.
-  absl::Status StartShim(const v1::ShimConfig& config);
+  // Writes shim.conf, starts baton-shim, connects and subscribes. `pause_at`: see common/pause_point.h.
+  absl::Status StartShim(const v1::ShimConfig& config, const std::string& pause_at = "");
+  // Waits until the shim stands at a pause point, or lets it go on.
+  absl::Status WaitPause(const std::string& point, Deadline deadline);
+  void Continue(const std::string& point);
   // What the shim has made of shim.conf.
   absl::StatusOr<v1::ShimConfig> ReadConfig() const;
   // Starts another shim with shim.conf as it is, except for the mode.

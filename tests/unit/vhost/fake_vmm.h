@@ -1,0 +1,92 @@
+// A VMM for tests of the mediator: speaks vhost-user by hand, right or wrong, and owns a little guest memory
+// with one split ring in it. And the threads and files around it.
+#pragma once
+
+#include <gtest/gtest.h>
+#include <sys/eventfd.h>
+
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "agent/vhost/mediator.h"
+#include "agent/vhost/socket.h"
+#include "agent/virtio/features.h"
+#include "tests/lab/backend/lab_backend.h"
+
+namespace baton::vhost {
+
+// A lab back-end on a thread.
+class BackendThread {
+ public:
+  explicit BackendThread(lab::LabBackendOptions options);
+  ~BackendThread();
+
+ private:
+  std::unique_ptr<lab::LabBackend> backend_;
+  UniqueFd stop_;
+  std::thread thread_;
+};
+
+class FakeVmm {
+ public:
+  static constexpr uint64_t kMemory = 1 << 20, kUser = 0x7f0000000000;
+  static constexpr uint16_t kRingSize = 16;
+  static constexpr uint64_t kDesc = 0x1000, kAvail = 0x2000, kUsed = 0x3000, kBuffers = 0x10000;
+
+  explicit FakeVmm(const std::string& socket);
+  ~FakeVmm();
+
+  // The message and, where one is due, its reply.
+  absl::Status Send(Request request, std::span<const uint8_t> payload, std::vector<int> fds = {},
+                    bool need_reply = false);
+  absl::StatusOr<WireMessage> Receive();
+  // A request with need_reply; the result, or an error when the connection was closed.
+  absl::StatusOr<uint64_t> Set(Request request, std::span<const uint8_t> payload, std::vector<int> fds = {});
+  template <typename T>
+  absl::StatusOr<uint64_t> Set(Request request, const T& payload, std::vector<int> fds = {}) {
+    return Set(request, Bytes(payload), std::move(fds));
+  }
+  absl::StatusOr<uint64_t> Get(Request request);
+  absl::StatusOr<uint32_t> GetBase(uint32_t index = 0);
+  // True if the mediator has closed the connection.
+  bool Closed();
+
+  // Everything up to a running ring.
+  void Negotiate(uint64_t less_protocol = 0);
+  void SetMemory();
+  void StartRing(uint16_t base = 0);
+
+  // Puts a write (or read) of sector `sector` at descriptors 3 * slot and kicks.
+  void Submit(uint16_t slot, bool write, uint64_t sector, uint8_t fill = 0);
+  uint16_t UsedIndex() const;
+  // Waits until used->idx is `index`.
+  bool AwaitUsed(uint16_t index);
+  uint8_t* At(uint64_t gpa) { return memory_ + gpa; }
+  int memory_fd() const { return memory_fd_.get(); }
+
+ private:
+  Connection connection_;
+  UniqueFd memory_fd_, kick_, call_;
+  uint8_t* memory_ = nullptr;
+  uint16_t avail_ = 0;
+};
+
+// A directory, an image, a back-end, a mediator.
+class MediatorFixture : public ::testing::Test {
+ protected:
+  MediatorFixture();
+  ~MediatorFixture() override;
+  void StartBackend(lab::LabBackendOptions options = {});
+  MediatorOptions Options();
+  void StartMediator();
+  void StartMediator(MediatorOptions options);
+  bool Becomes(v1::Device::State state);
+
+  std::string dir_;
+  std::unique_ptr<BackendThread> backend_;
+  std::unique_ptr<memory::GuestRam> ram_;
+  std::unique_ptr<Mediator> mediator_;
+};
+
+}  // namespace baton::vhost
