@@ -38,6 +38,8 @@ IncomingMigration::Impl::~Impl() {
   changed_.notify_all();
   if (thread_.joinable()) thread_.join();
   for (Greeter& greeter : greeters) greeter.thread.join();
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return waiters_ == 0; });
 }
 
 void IncomingMigration::Impl::Launch(bool recovered) {
@@ -185,8 +187,11 @@ IncomingMigration::Outcome IncomingMigration::Impl::outcome() const {
 
 absl::StatusOr<IncomingMigration::Outcome> IncomingMigration::Impl::Wait(Deadline deadline) {
   std::unique_lock lock(mutex_);
-  if (!changed_.wait_until(lock, deadline.when(), [&] { return ended_; }))
-    return absl::DeadlineExceededError("the migration goes on");
+  ++waiters_;
+  const bool ended = changed_.wait_until(lock, deadline.when(), [&] { return ended_; });
+  --waiters_;
+  changed_.notify_all();
+  if (!ended) return absl::DeadlineExceededError("the migration goes on");
   return outcome_;
 }
 

@@ -85,6 +85,7 @@ class IncomingMigration::Impl {
   std::string abort_why_;
   absl::Status refusal_;  // why, for verdicts
   Outcome outcome_ = Outcome::kNone;
+  int waiters_ = 0;               // threads inside Wait()
   std::set<uint32_t> connected_;  // channel numbers
   std::unique_ptr<stream::MessageChannel> control_;
   std::map<uint32_t, std::unique_ptr<stream::Channel>> waiting_channels_;

@@ -238,8 +238,9 @@ absl::Status IncomingMigration::Impl::LoadIfComplete() {
   Clock::time_point begin = Clock::now();
   // Before the VMM loads: it looks at the rings, too.
   RETURN_IF_ERROR(SetLayout());
-  RETURN_IF_ERROR(p_.devices.VerifyAgainstMemory(devices_, p_.ram));
-  RETURN_IF_ERROR(p_.devices.ExpectStates(devices_));
+  absl::Status checked = p_.devices.VerifyAgainstMemory(devices_, p_.ram);
+  if (checked.ok()) checked = p_.devices.ExpectStates(devices_);
+  if (!checked.ok()) return WithReason(checked, ReasonOf(checked, v1::STATE_MISMATCH));
   AddTime("check", begin);
   begin = Clock::now();
   RETURN_IF_ERROR(FeedState(held_state_, deadline));

@@ -19,8 +19,7 @@ Reporter::Reporter(const std::string& migration_id, const std::string& vm, v1::R
   report_.set_role(role);
   report_.set_epoch(epoch);
   report_.set_handover(v1::IDLE);
-  // A restarted process has to go on above what the one before it may have said, which it does not know.
-  report_.set_sequence(static_cast<uint64_t>(TimeUtil::TimestampToMicroseconds(CurrentTime())));
+  report_.set_sequence(FirstSequence());
 }
 
 void Reporter::Publish() {
@@ -57,6 +56,8 @@ v1::SideReport Reporter::report() const {
   std::lock_guard lock(mutex_);
   return report_;
 }
+
+uint64_t FirstSequence() { return static_cast<uint64_t>(TimeUtil::TimestampToMicroseconds(CurrentTime())); }
 
 google::protobuf::Timestamp CurrentTime() {
   timespec now{};

@@ -37,6 +37,10 @@ class Reporter {
   Clock::time_point last_tick_{};  // guarded by mutex_
 };
 
+// A sequence number for the first report of a process about a migration: above everything that a process
+// before it may have said. Microseconds of real time.
+uint64_t FirstSequence();
+
 // The real time with all its digits (TimeUtil::GetCurrentTime() knows whole seconds only).
 google::protobuf::Timestamp CurrentTime();
 

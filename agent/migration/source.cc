@@ -53,6 +53,13 @@ OutgoingMigration::Impl::~Impl() {
   monitor_stop_.Signal();
   if (thread_.joinable()) thread_.join();
   if (monitor_.joinable()) monitor_.join();
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return waiters_ == 0; });
+}
+
+bool OutgoingMigration::Impl::VmmEnded() const {
+  pollfd ended{p_.driver.exit_fd(), POLLIN, 0};
+  return ::poll(&ended, 1, 0) == 1;
 }
 
 void OutgoingMigration::Impl::Launch(bool only_ask) {
@@ -255,7 +262,7 @@ absl::Status OutgoingMigration::Impl::Objection(const v1::PeerMessage& message) 
 // The reason behind an error of the main thread: what interrupted it matters more than how that showed.
 absl::Status OutgoingMigration::Impl::Cause(const absl::Status& status) {
   if (status.ok()) return status;
-  if (vmm_dead_)
+  if (VmmEnded())
     return Error(v1::SOURCE_VMM_FAILED, absl::StatusCode::kUnavailable, "the VMM at the source ended: {}",
                  Message(p_.driver.IsRunning(Deadline::After(seconds(1))).status()));
   bool cancelled;

@@ -48,6 +48,7 @@ class OutgoingMigration::Impl {
   // --- source.cc ---
   void Monitor();
   void Interrupt();
+  bool VmmEnded() const;
   void Run();
   absl::Status Connect();
   void OnLinkEvent();
@@ -110,6 +111,7 @@ class OutgoingMigration::Impl {
   std::optional<Resolution> resolution_;
   std::optional<Duration> new_max_downtime_;
   Outcome outcome_ = Outcome::kNone;
+  int waiters_ = 0;  // threads inside Wait()
   std::unique_ptr<VerdictAsker> asker_;
   // Set once by the main thread, under mutex_; the objects serve any thread.
   std::unique_ptr<ControlLink> link_;

@@ -1,7 +1,5 @@
 // After the blackout, or after something failed: hear the verdict if the guest was given away, then release
 // or resume, and report.
-#include <poll.h>
-
 #include <cstdlib>
 
 #include "agent/migration/source_impl.h"
@@ -176,7 +174,7 @@ void OutgoingMigration::Impl::ResumeHere(const absl::Status& cause) {
     status = Error(v1::DESTINATION_REFUSED, absl::StatusCode::kAborted, "the destination refused");
   Outcome outcome = Outcome::kResumed;
   (void)p_.devices.DisarmStop();
-  if (freeze_tried_ && !vmm_dead_) {
+  if (freeze_tried_ && !VmmEnded()) {
     if (absl::Status resumed = p_.driver.Resume(Deadline::After(seconds(30))); !resumed.ok()) {
       outcome = Outcome::kPaused;
       status = Annotate(status, fmt::format("the guest could not be resumed ({})", Message(resumed)));
@@ -185,8 +183,7 @@ void OutgoingMigration::Impl::ResumeHere(const absl::Status& cause) {
   }
   if (outcome == Outcome::kResumed) (void)Apply(Event::kResumed);
   // Whether the VMM ended may show only now.
-  pollfd ended{p_.driver.exit_fd(), POLLIN, 0};
-  if (vmm_dead_ || (::poll(&ended, 1, 0) == 1 && outcome == Outcome::kPaused)) {
+  if (VmmEnded()) {
     outcome = Outcome::kLost;
     if (ReasonOf(status, v1::INTERNAL) != v1::SOURCE_VMM_FAILED)
       status = Error(v1::SOURCE_VMM_FAILED, absl::StatusCode::kUnavailable, "{}; and the VMM ended",
@@ -348,8 +345,11 @@ OutgoingMigration::Outcome OutgoingMigration::Impl::outcome() const {
 
 absl::StatusOr<OutgoingMigration::Outcome> OutgoingMigration::Impl::Wait(Deadline deadline) {
   std::unique_lock lock(mutex_);
-  if (!changed_.wait_until(lock, deadline.when(), [&] { return ended_; }))
-    return absl::DeadlineExceededError("the migration goes on");
+  ++waiters_;
+  const bool ended = changed_.wait_until(lock, deadline.when(), [&] { return ended_; });
+  --waiters_;
+  changed_.notify_all();
+  if (!ended) return absl::DeadlineExceededError("the migration goes on");
   return outcome_;
 }
 

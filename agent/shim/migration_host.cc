@@ -281,7 +281,7 @@ void MigrationHost::ReportInterrupted(const v1::StartOutgoingCommand& command) {
   report.set_done(true);
   report.set_reason(v1::SOURCE_SHIM_FAILED);
   report.set_message("the source's shim died before the handover; the guest goes on at the source");
-  report.set_sequence(1);
+  report.set_sequence(migration::FirstSequence());
   TakeReport(report);
 }
 

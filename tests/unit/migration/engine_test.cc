@@ -243,7 +243,7 @@ INSTANTIATE_TEST_SUITE_P(Engine, StepFailureTest,
                                          Failure{"uncertain YIELDED", true, v1::STATE_WRITE_FAILED},
                                          Failure{"begin load", false, v1::DESTINATION_VMM_FAILED},
                                          Failure{"finish load", false, v1::DESTINATION_VMM_FAILED},
-                                         Failure{"expect", false, v1::INTERNAL},
+                                         Failure{"expect", false, v1::STATE_MISMATCH},
                                          Failure{"append OWNER", false, v1::STATE_WRITE_FAILED},
                                          Failure{"uncertain OWNER", false, v1::STATE_WRITE_FAILED}),
                          [](const auto& info) {
