@@ -160,7 +160,8 @@ absl::Status Mediator::Impl::Negotiate(uint64_t features) {
                    virtio::FeatureNames(missing, options_.spec.class_()));
     }
   }
-  if (uint64_t missing = record_.protocol_features & ~pf::kReplyAck & ~offer.protocol_features; missing) {
+  if (uint64_t missing = record_.protocol_features & ~kOwnProtocolFeatures & ~offer.protocol_features;
+      missing) {
     return Error(absl::StatusCode::kFailedPrecondition, "it does not offer {} any more, which the VMM uses",
                  virtio::ProtocolFeatureNames(missing));
   }

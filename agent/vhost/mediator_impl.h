@@ -26,6 +26,10 @@
 
 namespace baton::vhost {
 
+// Offered to the VMM whatever the back-end has: acknowledgements are ours to give, and a channel on which
+// nothing comes does no harm (User-Mode Linux up to 6.1 cannot do without one).
+inline constexpr uint64_t kOwnProtocolFeatures = pf::kReplyAck | pf::kBackendReq;
+
 // What the back-end offers, asked at each connection.
 struct Offer {
   uint64_t features = 0;

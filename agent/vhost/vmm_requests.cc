@@ -18,7 +18,7 @@ constexpr auto kMessageTime = std::chrono::seconds(2);
 // Writes to the configuration space that are kept for a rebuild; more than a driver ever makes.
 constexpr size_t kMaxConfigWrites = 64;
 
-// What we can do for a VMM when the back-end can, besides REPLY_ACK, which we do ourselves.
+// What we can do for a VMM when the back-end can, besides what we do ourselves.
 constexpr uint64_t kRelayed = pf::kMq | pf::kLogShmfd | pf::kRarp | pf::kNetMtu | pf::kBackendReq |
                               pf::kConfig | pf::kInflightShmfd | pf::kResetDevice | pf::kConfigureMemSlots |
                               pf::kStatus;
@@ -81,7 +81,7 @@ uint64_t Mediator::Impl::FeaturesForVmm() const {
 }
 
 uint64_t Mediator::Impl::ProtocolFeaturesForVmm() const {
-  return (offer_.protocol_features & kRelayed) | pf::kReplyAck;
+  return (offer_.protocol_features & kRelayed) | kOwnProtocolFeatures;
 }
 
 absl::Status Mediator::Impl::CheckIndex(const WireMessage& m, uint64_t index) const {

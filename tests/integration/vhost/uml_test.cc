@@ -1,9 +1,10 @@
 // The mediator between a User-Mode Linux guest and qemu-storage-daemon: real front-end, real drivers, real
 // back-end.
+#include <fcntl.h>
 #include <gtest/gtest.h>
 
 #include <csignal>
-#include <fstream>
+#include <filesystem>
 
 #include "agent/vhost/probe.h"
 #include "common/log.h"
@@ -111,6 +112,38 @@ TEST_F(UmlMediator, KilledBackendIsReplacedUnderTheRunningGuest) {
     ASSERT_TRUE(went_on.ok()) << went_on << " " << mediator_->Describe().message();
     EXPECT_EQ(mediator_->Describe().reconnects(), round);
     EXPECT_EQ(mediator_->Describe().state(), v1::Device::ACTIVE);
+  }
+  ExpectClean();
+}
+
+// Sixteen requests deep, completed out of order, and the back-end killed among them: with an in-flight region
+// nothing is guessed.
+TEST_F(UmlMediator, KilledBackendWithInflightRegionLosesNothingAtDepth) {
+  SpawnOptions spawn;
+  spawn.argv = {BATON_LAB_BACKEND, "--socket",   backend_, "--image", image_,
+                "--inflight",      "--delay-us", "3000"};
+  // It ends when its standard input does.
+  int pipe_fds[2];
+  ASSERT_EQ(::pipe2(pipe_fds, O_CLOEXEC), 0);
+  UniqueFd in(pipe_fds[0]), keep(pipe_fds[1]);
+  spawn.stdin_fd = in.get();
+  spawn.stderr_fd = 2;
+  auto backend = Process::Spawn(spawn);
+  ASSERT_TRUE(backend.ok()) << backend.status();
+  vhost::MediatorOptions options = Options();
+  options.backend.set_kind(v1::LAB);
+  ASSERT_TRUE(Eventually([&] { return std::filesystem::exists(backend_); }, seconds(10)));
+  StartMediator(options);
+  StartGuest(/*threads=*/16, /*report=*/200);
+  for (uint32_t round = 1; round <= 5; ++round) {
+    ASSERT_TRUE(guest_->Progress(1, Deadline::After(kSoon)).ok());
+    backend->Signal(SIGKILL);
+    (void)backend->Wait(Deadline::After(seconds(10)));
+    backend = Process::Spawn(spawn);
+    ASSERT_TRUE(backend.ok()) << backend.status();
+    auto went_on = guest_->Progress(1, Deadline::After(kSoon));
+    ASSERT_TRUE(went_on.ok()) << went_on << " " << mediator_->Describe().message();
+    EXPECT_EQ(mediator_->Describe().reconnects(), round);
   }
   ExpectClean();
 }
