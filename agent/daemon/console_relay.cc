@@ -18,6 +18,8 @@ namespace {
 
 constexpr size_t kTail = 8192;
 constexpr size_t kMaxInput = 65536;
+// Streams whose input came before they were opened; more than a few at once means that none of them will be.
+constexpr size_t kMaxEarly = 16;
 
 std::string TailOf(const std::string& path) {
   UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
@@ -67,6 +69,10 @@ absl::Status ConsoleRelay::Open(uint64_t id, const std::string& vm, const VmPath
     line->second.streams.insert(id);
     Stream& stream = streams_[id];
     stream.vm = vm;
+    if (auto early = early_.find(id); early != early_.end()) {
+      line->second.input += early->second;
+      early_.erase(early);
+    }
     if (std::string tail = TailOf(paths.console_log); !tail.empty()) Deliver(id, stream, tail);
   }
   Wake();
@@ -77,7 +83,16 @@ void ConsoleRelay::OnData(const v1::ConsoleData& data) {
   {
     std::lock_guard lock(mutex_);
     auto stream = streams_.find(data.stream());
-    if (stream == streams_.end()) return;
+    if (stream == streams_.end()) {
+      if (data.close()) {
+        early_.erase(data.stream());
+      } else if (early_[data.stream()].size() + data.data().size() <= kMaxInput) {
+        early_[data.stream()] += data.data();
+      }
+      // Numbers of streams grow, so the first is the oldest.
+      if (early_.size() > kMaxEarly) early_.erase(early_.begin());
+      return;
+    }
     auto line = lines_.find(stream->second.vm);
     if (line != lines_.end() && !data.data().empty()) {
       if (line->second.input.size() + data.data().size() > kMaxInput) {
@@ -102,6 +117,7 @@ void ConsoleRelay::CloseAll() {
     std::lock_guard lock(mutex_);
     streams_.clear();
     lines_.clear();
+    early_.clear();
   }
   Wake();
 }

@@ -28,7 +28,8 @@ class ConsoleRelay {
   // Opens a stream; its output begins with the tail of what the console said before. NotFound or Unavailable
   // if the VM has no console now.
   absl::Status Open(uint64_t stream, const std::string& vm, const VmPaths& paths);
-  // Input for a stream, or its end. Unknown streams are ignored.
+  // Input for a stream, or its end. Input may overtake the command that opens its stream (commands are
+  // carried out by another thread than data) and is kept for it.
   void OnData(const v1::ConsoleData& data);
   // The session with batond is gone, and all streams with it.
   void CloseAll();
@@ -54,10 +55,11 @@ class ConsoleRelay {
 
   const Sink sink_;
   std::mutex mutex_;
-  std::map<std::string, Line> lines_;   // guarded by mutex_; by VM
-  std::map<uint64_t, Stream> streams_;  // guarded by mutex_
-  bool stopping_ = false;               // guarded by mutex_
-  UniqueFd wake_;                       // eventfd
+  std::map<std::string, Line> lines_;      // guarded by mutex_; by VM
+  std::map<uint64_t, Stream> streams_;     // guarded by mutex_
+  std::map<uint64_t, std::string> early_;  // guarded by mutex_; input of streams not open yet
+  bool stopping_ = false;                  // guarded by mutex_
+  UniqueFd wake_;                          // eventfd
   std::thread thread_;
 };
 
