@@ -15,9 +15,17 @@
 namespace baton {
 namespace {
 
-bool Named(const char* list, const std::string& name) {
-  const std::string wanted = "," + name + ",";
-  return ("," + std::string(list) + ",").find(wanted) != std::string::npos;
+// The value of BATON_PAUSE_AT, or what the file says that it names.
+std::string PointsNow(const char* value) {
+  if (value[0] != '@') return value;
+  UniqueFd file(::open(value + 1, O_RDONLY | O_CLOEXEC));
+  char text[1024];
+  ssize_t size = file ? ::read(file.get(), text, sizeof text) : -1;
+  return size > 0 ? std::string(text, static_cast<size_t>(size)) : "";
+}
+
+bool Named(const char* value, const std::string& name) {
+  return ("," + PointsNow(value) + ",").find("," + name + ",") != std::string::npos;
 }
 
 }  // namespace

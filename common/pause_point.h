@@ -1,6 +1,7 @@
 // Points at which a test may hold a process still, so that "killed in this very moment" can be tested without
 // luck. A test hook that is compiled in always and does nothing unless the environment variable
-// BATON_PAUSE_AT names the point.
+// BATON_PAUSE_AT names the point. With the value "@FILE" the list is read from FILE each time, so that a test
+// can change its mind while the process runs.
 #pragma once
 
 #include <string>

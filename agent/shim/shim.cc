@@ -13,6 +13,7 @@
 
 #include "agent/shim/inspection.h"
 #include "common/log.h"
+#include "common/pause_point.h"
 #include "common/process.h"
 #include "common/version.h"
 
@@ -155,7 +156,7 @@ void Shim::BringUp() {
   bool adopt = config.mode() == v1::ShimConfig::ADOPT ||
                (config.vmm_pid() != 0 &&
                 ProcessAlive({static_cast<pid_t>(config.vmm_pid()), config.vmm_start_time()}));
-  auto work = [this, result, adopt, mode = config.mode()] {
+  auto work = [this, result, adopt, mode = config.mode(), run_dir = config.run_dir()] {
     Deadline deadline = Deadline::After(kStartTimeout);
     if (adopt) {
       *result = vm_->Adopt(deadline);
@@ -163,6 +164,7 @@ void Shim::BringUp() {
       *result = vm_->StartFresh(deadline);
     } else {
       *result = vm_->StartIncoming(deadline);
+      if (result->ok()) PausePoint(run_dir, "prepared");
     }
   };
   auto done = [this, result, adopt] {
