@@ -11,7 +11,7 @@ namespace {
 constexpr char kExitCodes[] =
     "Exit codes: 0 after SIGTERM or SIGINT, 1 if it could not start, 2 for a wrong command line or "
     "configuration.\n"
-    "Configuration file: docs/operations.md.";
+    "Configuration file: docs/batond.md.";
 
 void ReadTimes(ConfigReader& reader, MachineTimes* times) {
   reader.Time("preparing", &times->preparing);

@@ -13,7 +13,7 @@
 
 namespace baton::server {
 
-// docs/operations.md explains each field.
+// docs/batond.md explains each field.
 struct ServerConfig {
   Address listen{"127.0.0.1", 7400, ""};
   std::optional<Address> metrics = Address{"127.0.0.1", 7401, ""};

@@ -42,7 +42,7 @@ struct Now {
   int64_t wall_ns = 0;  // since the Unix epoch
 };
 
-// How long each part may take. Defaults as documented in docs/operations.md.
+// How long each part may take. Defaults as documented in docs/batond.md.
 struct MachineTimes {
   Duration preparing = std::chrono::seconds(60);   // PREPARING as a whole
   Duration switchover = std::chrono::seconds(60);  // SWITCHOVER until a verdict; then batond settles

@@ -334,7 +334,7 @@ TEST_F(ApiTest, AProtocolVersionNobodySpeaksIsRefused) {
   auto stub = v1::AgentSession::NewStub(batond_.channel());
   auto first = [&](const v1::AgentMessage& message) {
     grpc::ClientContext context;
-    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(10));
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
     auto stream = stub->Session(&context);
     stream->Write(message);
     v1::ServerMessage reply;
@@ -357,7 +357,7 @@ TEST_F(ApiTest, AProtocolVersionNobodySpeaksIsRefused) {
 TEST_F(ApiTest, ConsoleRelaysBothWays) {
   auto stub = v1::Fleet::NewStub(batond_.channel());
   grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
   auto stream = stub->Console(&context);
   v1::ConsoleRequest request;
   request.set_vm("vms/web1");
@@ -379,7 +379,7 @@ TEST_F(ApiTest, ConsoleRelaysBothWays) {
   EXPECT_TRUE(stream->Finish().ok());
 
   grpc::ClientContext wrong;
-  wrong.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
+  wrong.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
   auto none = stub->Console(&wrong);
   request.set_vm("vms/none");
   none->Write(request);
@@ -465,7 +465,7 @@ TEST_F(ApiTest, WatchBeginsWithThePresentAndRefusesWhatIsGone) {
   watcher.AwaitPhase(v1::CANCELLED);
   auto watch = [&](const std::string& name, int64_t revision) {
     grpc::ClientContext context;
-    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(10));
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
     v1::WatchMigrationsRequest request;
     request.set_name(name);
     request.set_start_revision(revision);

@@ -47,14 +47,14 @@ class BatondHarness {
   absl::Status Start() {
     SpawnOptions options;
     options.argv = {BATOND_PATH,  "--listen", "unix:" + socket(), "--metrics", "off",
-                    "--data-dir", data(),     "--heartbeat",      "200ms"};
+                    "--data-dir", data(),     "--heartbeat",      "60s"};
     options.argv.insert(options.argv.begin(), wrapper_.begin(), wrapper_.end());
     options.argv.insert(options.argv.end(), extra_.begin(), extra_.end());
     options.stderr_fd = 2;
     ASSIGN_OR_RETURN(Process process, Process::Spawn(options));
     process_ = std::make_unique<Process>(std::move(process));
     channel();
-    if (!channel_->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(20))) {
+    if (!channel_->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(60))) {
       return absl::DeadlineExceededError("batond does not serve");
     }
     return absl::OkStatus();
@@ -62,13 +62,13 @@ class BatondHarness {
   // SIGKILL, and waits for the end.
   void Kill() {
     process_->Signal(SIGKILL);
-    (void)process_->Wait(Deadline::After(std::chrono::seconds(10)));
+    (void)process_->Wait(Deadline::After(std::chrono::seconds(60)));
     process_.reset();
     // The channel notices in its own time; a call made before that would fail.
     channel_->WaitForStateChange(GRPC_CHANNEL_READY,
-                                 std::chrono::system_clock::now() + std::chrono::seconds(10));
+                                 std::chrono::system_clock::now() + std::chrono::seconds(60));
   }
-  ExitStatus Terminate() { return process_->Terminate(Deadline::After(std::chrono::seconds(10))); }
+  ExitStatus Terminate() { return process_->Terminate(Deadline::After(std::chrono::seconds(60))); }
   void Restart() {
     Kill();
     absl::Status status = Start();
@@ -101,7 +101,7 @@ class BatondHarness {
   std::shared_ptr<grpc::Channel> channel_;
 };
 
-// Calls with a deadline of 20 s that wait for batond to be there; answers as absl::Status with details.
+// Calls with a deadline of 60 s that wait for batond to be there; answers as absl::Status with details.
 class Api {
  public:
   explicit Api(std::shared_ptr<grpc::Channel> channel)
@@ -115,7 +115,7 @@ class Api {
                                 const Request& request) {
     grpc::ClientContext context;
     context.set_wait_for_ready(true);
-    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
     Response response;
     grpc::Status status = (stub.*method)(&context, request, &response);
     if (!status.ok()) return FromGrpc(status);

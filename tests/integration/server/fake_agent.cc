@@ -26,7 +26,7 @@ void FakeAgent::Run() {
     if (channel_->WaitForConnected(std::chrono::system_clock::now() + std::chrono::milliseconds(200)))
       RunSession();
     std::unique_lock lock(mutex_);
-    changed_.wait_for(lock, std::chrono::milliseconds(20), [&] { return stopping_; });
+    changed_.wait_for(lock, std::chrono::milliseconds(60), [&] { return stopping_; });
   }
 }
 
@@ -279,7 +279,7 @@ void FakeAgent::Report(v1::SideReport report) {
 
 bool FakeAgent::Await(const std::function<bool()>& condition) {
   std::unique_lock lock(mutex_);
-  return changed_.wait_for(lock, std::chrono::seconds(20), condition);
+  return changed_.wait_for(lock, std::chrono::seconds(60), condition);
 }
 
 bool FakeAgent::AwaitCommand(v1::Command::BodyCase kind, int count) {

@@ -45,7 +45,7 @@ class FakeAgent {
 
   // Sends a report and keeps it for the next Hello until it is acknowledged (if done). Sets the sequence.
   void Report(v1::SideReport report);
-  // Waits until a command of this kind has come `count` times in all. False after 20 s.
+  // Waits until a command of this kind has come `count` times in all. False after 60 s.
   bool AwaitCommand(v1::Command::BodyCase kind, int count = 1);
   v1::Command LastCommand(v1::Command::BodyCase kind) const;
   int CommandCount(v1::Command::BodyCase kind) const;

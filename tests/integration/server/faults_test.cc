@@ -25,7 +25,7 @@ class FaultsTest : public ::testing::Test {
     SpawnOptions options;
     options.argv = {BATOND_PATH};
     options.argv.insert(options.argv.end(), arguments.begin(), arguments.end());
-    auto output = RunCommand(options, Deadline::After(std::chrono::seconds(20)));
+    auto output = RunCommand(options, Deadline::After(std::chrono::seconds(60)));
     EXPECT_TRUE(output.ok()) << output.status();
     return output.ok() ? *output : CommandOutput{};
   }
@@ -188,7 +188,7 @@ TEST_F(TlsTest, RolesComeFromCertificates) {
   auto plain = *MakeChannel(address, {});
   EXPECT_FALSE(v1::Fleet::NewStub(plain) == nullptr);
   grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(5));
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
   v1::Host host;
   v1::GetHostRequest get;
   get.set_name("hosts/a");

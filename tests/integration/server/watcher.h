@@ -27,10 +27,10 @@ class Watcher {
     }
     thread_.join();
   }
-  // Waits for a change that satisfies the condition; the last one seen if none comes within 30 s.
+  // Waits for a change that satisfies the condition; the last one seen if none comes within 90 s.
   v1::Migration Await(const std::function<bool(const v1::Migration&)>& condition) {
     std::unique_lock lock(mutex_);
-    changed_.wait_for(lock, std::chrono::seconds(30),
+    changed_.wait_for(lock, std::chrono::seconds(90),
                       [&] { return !seen_.empty() && condition(seen_.back().migration()); });
     return seen_.empty() ? v1::Migration() : seen_.back().migration();
   }

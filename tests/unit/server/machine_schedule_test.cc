@@ -399,7 +399,7 @@ class World {
 
 TEST(MachineSchedule, EveryScheduleEndsInTheTruth) {
   int succeeded = 0;
-  constexpr uint32_t kSchedules = 4000;
+  constexpr uint32_t kSchedules = 1500;
   for (uint32_t seed = 1; seed <= kSchedules; ++seed) {
     SCOPED_TRACE(seed);
     World world(seed);
