@@ -24,7 +24,7 @@
 namespace baton::memory {
 namespace {
 
-constexpr auto kStopLimit = std::chrono::seconds(5);
+constexpr auto kStopLimit = std::chrono::seconds(15);
 // Entries of pagemap that are read at once: 512 KiB, 256 MiB of memory.
 constexpr size_t kEntries = 64u << 10;
 

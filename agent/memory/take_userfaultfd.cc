@@ -18,7 +18,7 @@ namespace {
 
 constexpr char kDevice[] = "/dev/userfaultfd";
 // A thread that cannot be stopped in this time is left alone and the next one is tried.
-constexpr auto kThreadLimit = std::chrono::seconds(1);
+constexpr auto kThreadLimit = std::chrono::seconds(3);
 
 // Makes the thread create a userfaultfd; returns its number there.
 absl::StatusOr<int> CreateIn(RemoteThread& thread) {

@@ -21,7 +21,7 @@
 namespace baton::memory {
 namespace {
 
-constexpr auto kAttachLimit = std::chrono::seconds(5);
+constexpr auto kAttachLimit = std::chrono::seconds(15);
 // Runs of written pages that one scan returns; more take another call.
 constexpr size_t kRegions = 4096;
 

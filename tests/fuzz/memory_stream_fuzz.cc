@@ -84,7 +84,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   MemoryReceiver receiver(ram, {.channels = 1, .page_checksums = checksums});
   if (!receiver.AddChannel(1, std::make_unique<BytesChannel>(std::move(bytes))).ok()) std::abort();
   // More frames than any input holds: returns when the lane has ended.
-  absl::Status status = receiver.WaitForFrames({~uint64_t{0}}, Deadline::After(std::chrono::seconds(10)));
+  absl::Status status = receiver.WaitForFrames({~uint64_t{0}}, Deadline::After(std::chrono::seconds(50)));
   if (status.code() == absl::StatusCode::kDeadlineExceeded) std::abort();
   receiver.Stop();
   if (receiver.doubtful_pages() > 43) std::abort();

@@ -20,7 +20,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size > 0 && ::write(peer.get(), data, size) != static_cast<ssize_t>(size)) std::abort();
   peer.reset();
   for (;;) {
-    auto message = messages.Receive(Deadline::After(std::chrono::seconds(10)));
+    auto message = messages.Receive(Deadline::After(std::chrono::seconds(50)));
     if (message.status().code() == absl::StatusCode::kDeadlineExceeded) std::abort();
     if (!message.ok()) return 0;
   }

