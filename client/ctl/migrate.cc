@@ -206,11 +206,14 @@ void AddCancel(CLI::App* app, Context* context) {
   struct Options {
     std::string name, format, timeout;
     bool wait = false;
+    bool no_wait = false;  // the default; there so that scripts can say it
   };
   auto o = std::make_shared<Options>();
   CLI::App* command = app->add_subcommand("cancel", "Cancel a migration; the guest goes on at the source");
   command->add_option("NAME", o->name, "Migration, or VM that is in one")->required();
   command->add_flag("--wait", o->wait, "Follow it to its end");
+  command->add_flag("--no-wait", o->no_wait, "Return once it is taken down (the default)")
+      ->excludes("--wait");
   command->add_option("--timeout", o->timeout, "With --wait: stop waiting after this long")
       ->option_text("DURATION");
   AddFormatOption(command, &o->format);

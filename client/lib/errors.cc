@@ -110,10 +110,12 @@ Explanation Explain(const absl::Status& status) {
   if (v1::GuestLocation_Parse(metadata["guest_location"], &location)) {
     out.where = DescribeLocation(location, metadata["source"], metadata["destination"]);
   }
-  for (const auto& violation : BadRequestOf(status).field_violations()) {
+  google::rpc::BadRequest bad_request = BadRequestOf(status);
+  for (const auto& violation : bad_request.field_violations()) {
     out.details.push_back(violation.field() + ": " + violation.description());
   }
-  for (const auto& violation : PreconditionFailureOf(status).violations()) {
+  google::rpc::PreconditionFailure preconditions = PreconditionFailureOf(status);
+  for (const auto& violation : preconditions.violations()) {
     out.details.push_back(violation.subject() + ": " + violation.description());
   }
   // The commonest case, one wrong field, has the same text in the message.

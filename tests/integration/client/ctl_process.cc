@@ -48,7 +48,7 @@ CtlProcess::CtlProcess(const std::vector<std::string>& arguments, const Options&
                                           "LC_ALL=C.UTF-8", "TZ=UTC"};
   for (const auto& [name, value] : options.environment) environment.push_back(name + "=" + value);
   std::vector<char*> argv, envp;
-  std::string program = BATONCTL;
+  std::string program = options.program.empty() ? BATONCTL : options.program;
   argv.push_back(program.data());
   std::vector<std::string> copies = arguments;
   for (auto& argument : copies) argv.push_back(argument.data());

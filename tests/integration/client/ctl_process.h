@@ -1,4 +1,4 @@
-// Runs batonctl as its users do: with pipes or on a terminal.
+// Runs batonctl (or another program) as its users do: with pipes or on a terminal.
 #pragma once
 
 #include <sys/types.h>
@@ -17,6 +17,8 @@ namespace baton::testing {
 class CtlProcess {
  public:
   struct Options {
+    // Another program than batonctl.
+    std::string program;
     // On a terminal of this width (standard input, output and error), or with pipes.
     bool terminal = false;
     int columns = 80;
