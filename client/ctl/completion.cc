@@ -177,8 +177,8 @@ int RunComplete(CLI::App& app, Context* context, const std::vector<std::string>&
     if (value != nullptr && field->empty()) *field = value;
   }
   // Nobody waits long for a tab.
-  context->connect_timeout = "300ms";
-  context->request_timeout = "1s";
+  context->connect_timeout = "1s";
+  context->request_timeout = "5s";
   NameSource names = [context](Collection collection) {
     std::vector<std::string> out;
     auto client = context->Connect();

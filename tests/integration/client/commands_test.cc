@@ -126,7 +126,8 @@ TEST_F(CtlTest, Migrate_NoWait_SendsWhatWasGivenAndNothingElse) {
 
 TEST_F(CtlTest, Migrate_LostAnswer_IsRepeatedWithTheSameRequestId) {
   batond_->FailNext("CreateMigration", absl::UnavailableError("restarting"));
-  EXPECT_EQ(Run({"migrate", "web1", "--to", "b", "--no-wait", "-o", "name"}).out, "migrations/m1\n");
+  EXPECT_EQ(Run({"--connect-timeout", "60s", "migrate", "web1", "--to", "b", "--no-wait", "-o", "name"}).out,
+            "migrations/m1\n");
   std::vector<std::string> creates;
   for (const auto& request : batond_->requests()) {
     if (request.rfind("CreateMigration", 0) == 0) creates.push_back(request);

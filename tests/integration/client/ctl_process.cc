@@ -15,7 +15,7 @@
 namespace baton::testing {
 namespace {
 
-constexpr Duration kPatience = std::chrono::seconds(15);
+constexpr Duration kPatience = std::chrono::seconds(120);
 
 // Appends what is there; false at the end of the stream.
 bool Drain(UniqueFd* fd, std::string* out) {

@@ -32,13 +32,13 @@ class CtlProcess {
   CtlProcess(const CtlProcess&) = delete;
   CtlProcess& operator=(const CtlProcess&) = delete;
 
-  // Reads until the output (or error output) contains `text`; false after 15 s or at its end.
+  // Reads until the output (or error output) contains `text`; false after two minutes or at its end.
   bool ReadUntil(const std::string& text);
   bool ReadErrorUntil(const std::string& text);
   void Write(const std::string& text);
   void CloseInput() { input_.reset(); }
   void Signal(int signal);
-  // Exit status, 128 + n for signals, -1 if it did not end within 15 s (it is killed then).
+  // Exit status, 128 + n for signals, -1 if it did not end within two minutes (it is killed then).
   int Wait();
 
   // Everything read so far.

@@ -370,7 +370,7 @@ std::vector<std::string> FakeBatond::requests() {
 
 bool FakeBatond::WaitForWatches(int count) {
   std::unique_lock<std::mutex> lock(mutex_);
-  return changed_.wait_for(lock, std::chrono::seconds(10), [&] { return watches_ >= count; });
+  return changed_.wait_for(lock, std::chrono::seconds(120), [&] { return watches_ >= count; });
 }
 
 int FakeBatond::watches() {

@@ -49,7 +49,7 @@ class FakeBatond {
 
   // Requests seen, in text form: "CreateMigration { … }".
   std::vector<std::string> requests();
-  // Blocks until `count` watches were opened in all, or 10 s are over.
+  // Blocks until `count` watches were opened in all, or two minutes are over.
   bool WaitForWatches(int count);
   int watches();
 

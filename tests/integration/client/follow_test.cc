@@ -250,7 +250,7 @@ TEST_F(CtlTest, Console_ThroughPipes) {
   EXPECT_EQ(r.code, 0) << r.err;
   EXPECT_EQ(r.out, "login: EXIT\n");
   EXPECT_EQ(r.err, "");
-  CtlResult timed = Run({"vm", "console", "web1", "--timeout", "300ms"});
+  CtlResult timed = Run({"vm", "console", "web1", "--timeout", "5s"});
   EXPECT_EQ(timed.code, 8);
   EXPECT_EQ(timed.out, "login: ");
   EXPECT_EQ(Run({"vm", "console", "nope"}).code, 3);

@@ -17,8 +17,7 @@ using ::testing::HasSubstr;
 
 class TlsTest : public ::testing::Test {
  protected:
-  // One authority and one batond for all cases: making keys takes its time.
-  static void SetUpTestSuite() {
+  void SetUp() override {
     char path[] = "/tmp/batonctl-tls-XXXXXX";
     directory_ = mkdtemp(path);
     pki_ = directory_ + "/pki";
@@ -39,17 +38,16 @@ class TlsTest : public ::testing::Test {
         << batond_->err();
     server_ = match[1];
   }
-  static void TearDownTestSuite() {
+  void TearDown() override {
     if (batond_) {
       batond_->Signal(SIGTERM);
       EXPECT_EQ(batond_->Wait(), 0);
-      batond_.reset();
     }
     std::error_code ignored;
     std::filesystem::remove_all(directory_, ignored);
   }
 
-  static int MakeCerts(std::vector<std::string> words) {
+  int MakeCerts(std::vector<std::string> words) {
     words.insert(words.begin(), pki_);
     CtlProcess::Options options;
     options.program = MAKE_CERTS;
@@ -57,7 +55,7 @@ class TlsTest : public ::testing::Test {
     return process.Wait();
   }
   // batonctl as the owner of certificate `who`.
-  static CtlResult RunAs(const std::string& who, std::vector<std::string> words, const std::string& ca = "ca") {
+  CtlResult RunAs(const std::string& who, std::vector<std::string> words, const std::string& ca = "ca") {
     std::vector<std::string> all = {"--server",
                                     server_,
                                     "--ca",
@@ -72,8 +70,8 @@ class TlsTest : public ::testing::Test {
     return RunCtl(all);
   }
 
-  inline static std::string directory_, pki_, server_;
-  inline static std::unique_ptr<CtlProcess> batond_;
+  std::string directory_, pki_, server_;
+  std::unique_ptr<CtlProcess> batond_;
 };
 
 TEST_F(TlsTest, RolesDecideWhatACertificateMayDo) {
@@ -100,7 +98,6 @@ TEST_F(TlsTest, ForeignAuthority_IsRefusedWithAReason) {
   CtlResult distrust = RunAs("operator-eve", {"get", "hosts"});
   EXPECT_EQ(distrust.code, 7);
   EXPECT_THAT(distrust.err, HasSubstr("TLS handshake failed"));
-  pki_ = own;
 }
 
 TEST_F(TlsTest, WrongName_IsRefused_TlsNameSettlesIt) {
