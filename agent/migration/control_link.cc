@@ -33,8 +33,9 @@ void ControlLink::Shutdown() {
 absl::Status ControlLink::Send(const Message& message, Deadline deadline) {
   absl::Status status = channel_->Send(message, deadline);
   if (status.ok()) return status;
-  return WithReason(Annotate(status, fmt::format("peer {}", channel_->channel().peer())),
-                    v1::PEER_CONNECTION_FAILED);
+  status = Annotate(status, fmt::format("peer {}", channel_->channel().peer()));
+  // A deadline is the caller's, and says nothing about the connection.
+  return absl::IsDeadlineExceeded(status) ? status : WithReason(status, v1::PEER_CONNECTION_FAILED);
 }
 
 void ControlLink::Run() {

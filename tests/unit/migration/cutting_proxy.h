@@ -8,6 +8,7 @@
 #include <sys/socket.h>
 
 #include <atomic>
+#include <condition_variable>
 #include <cstring>
 #include <functional>
 #include <list>
@@ -57,7 +58,12 @@ class CuttingProxy {
   }
   // Verdict queries are dropped for now.
   std::atomic<bool> unreachable{false};
-  std::atomic<int> queries{0};
+
+  // Waits until so many verdict queries have come in; false at the deadline.
+  bool WaitQueries(int count, Deadline deadline) {
+    std::unique_lock lock(mutex_);
+    return asked_.wait_until(lock, deadline.when(), [&] { return queries_ >= count; });
+  }
 
   void Cut() {
     std::lock_guard lock(mutex_);
@@ -76,7 +82,11 @@ class CuttingProxy {
       auto preamble = stream::DecodePreamble(*bytes);
       if (!preamble.ok()) continue;
       const bool query = preamble->kind == stream::PreambleKind::kVerdictQuery;
-      if (query) ++queries;
+      if (query) {
+        std::lock_guard lock(mutex_);
+        ++queries_;
+        asked_.notify_all();
+      }
       int pair[2];
       if (unreachable || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) continue;
       UniqueFd ours(pair[0]), theirs(pair[1]);
@@ -138,6 +148,8 @@ class CuttingProxy {
   std::string address_;
   WakeFd stop_;
   std::mutex mutex_;
+  std::condition_variable asked_;
+  int queries_ = 0;               // guarded by mutex_
   Accept accept_;                 // guarded by mutex_
   Filter filter_;                 // guarded by mutex_
   std::list<UniqueFd> sockets_;   // guarded by mutex_

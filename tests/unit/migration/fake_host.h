@@ -209,12 +209,15 @@ class FakeVmm final : public vmm::VmmDriver {
   void HarvestDirty(memory::PageSets& out) {
     std::lock_guard lock(mutex_);
     out[0].Union(dirty_);
+    if (writes_everything && running_) out[0].SetAll();
     dirty_.Reset();
   }
   // Guest writes a second, about.
   std::atomic<int> pause_us{20};
   std::atomic<bool> tracking{false};
-  // 0: spread over all memory; else the guest writes this many pages again and again.
+  // The guest writes all of its memory in every round, however long that takes.
+  std::atomic<bool> writes_everything{false};
+  // The guest writes this many pages again and again.
   std::atomic<uint64_t> working_set{64};
 
  private:
