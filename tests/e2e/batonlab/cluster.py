@@ -122,6 +122,7 @@ class Agent:
             "peer": {"listen": f"{network.address(name, other)}:{network.port(name) + (1 if network.secure else 0)}"},
             "qemu": cluster.qemu,
             "kvm": cluster.kvm,
+            "shim": lab.program("baton-shim"),
             "backends": {"disk0": {"socket": self.storage.socket, "kind": "qemu-storage-daemon"}},
         }
         if network.secure:
