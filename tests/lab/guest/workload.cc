@@ -273,8 +273,8 @@ class StopMeter {
     unsigned second = Second();
     uint64_t after = MonotonicMicros();
     if (second != second_) {
-      // A tick located worse than this tells only where to look for the next one.
-      if (second_ < 60 && before - seen_ <= kSharp) Tick(second, before);
+      // Located worse than this, it tells only where to look for the next one.
+      if (second_ < 60 && before - seen_ <= kVague) Tick(second, before, before - seen_);
       second_ = second;
       rough_ = before;
     }
@@ -284,7 +284,8 @@ class StopMeter {
   uint64_t Due() const { return rough_ ? rough_ + kMillion + drift_ : 0; }
 
  private:
-  static constexpr uint64_t kSharp = 150;
+  static constexpr int64_t kSharp = 150;
+  static constexpr uint64_t kVague = 20000;
   static constexpr int64_t kSmallestStop = 800;
 
   static unsigned Second() {
@@ -293,16 +294,20 @@ class StopMeter {
     return (bcd >> 4) * 10 + (bcd & 15);
   }
 
-  void Tick(unsigned second, uint64_t now) {
+  // A tick that happened at most `error` before `now`.
+  void Tick(unsigned second, uint64_t now, int64_t error) {
     if (tick_) {
       int64_t seconds = (second + 60 - tick_second_) % 60;
       int64_t stop = seconds * (static_cast<int64_t>(kMillion) + drift_) - static_cast<int64_t>(now - tick_);
-      if (stop > kSmallestStop) {
+      if (stop > kSmallestStop + error + tick_error_) {
         stops++;
         StoreMax(longest_stop, stop);
         io_gap.Stopped(stop);
         cpu_gap.Stopped(stop);
-      } else if (seconds > 0) {
+      } else if (error > kSharp && tick_error_ <= kSharp) {
+        // The better tick before stays the one to measure from.
+        return;
+      } else if (seconds > 0 && error <= kSharp && tick_error_ <= kSharp) {
         // The guest's idea of a second, corrected slowly.
         drift_ += (-stop / seconds) / 4;
       }
@@ -310,12 +315,13 @@ class StopMeter {
     io_gap.recent = 0;
     cpu_gap.recent = 0;
     tick_ = now;
+    tick_error_ = error;
     tick_second_ = second;
   }
 
   unsigned second_ = 60, tick_second_ = 0;
   uint64_t seen_ = 0, tick_ = 0, rough_ = 0;
-  int64_t drift_ = 0;
+  int64_t drift_ = 0, tick_error_ = 0;
 };
 
 void* RunTimer(void*) {
