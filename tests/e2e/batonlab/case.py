@@ -58,7 +58,7 @@ class ClusterTest(unittest.TestCase):
         cls = type(self)
         if len(result.failures) + len(result.errors) > bad and cls.lab is not None:
             # What a failed test left is no ground for the next one; its logs stay under its name.
-            print(f"logs of the failure: {cls.lab.logs}", file=sys.stderr)
+            print(f"{(result.failures + result.errors)[-1][1]}\nlogs of the failure: {cls.lab.logs}", file=sys.stderr)
             cls.drop_cluster()
         return result
 
