@@ -543,8 +543,10 @@ void Machine::SourceKeepsGuest() {
       message = ctl_.cancel_message();
     }
   }
-  // The side that broke first knows why; the other one only lost its peer.
-  if (Secondary(reason) && !Secondary(destination.reason())) {
+  // The side that broke first knows why; the other one only lost its peer. A destination that was told to
+  // give up knows nothing: that was the consequence.
+  if (Secondary(reason) && !Secondary(destination.reason()) &&
+      destination.reason() != v1::CANCELLED_BY_REQUEST) {
     reason = destination.reason();
     message = fmt::format("{}: {}", pub_.destination(), destination.message());
   }
