@@ -143,6 +143,7 @@ absl::Status Shim::StartTask(const std::string& what, std::function<void()> work
       task_name_.clear();
       done();
       if (std::exchange(vmm_ended_, false)) OnVmmExit();
+      if (stop_after_task_) std::exchange(stop_after_task_, nullptr)();
       // What a task has freed goes back to the system: this process idles for months.
       ::malloc_trim(0);
     });
@@ -398,6 +399,12 @@ void Shim::Stop(const v1::StopVmCommand& command, Respond respond) {
   if (migrations_->busy()) {
     return respond(Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
                          "the VM is in migration {}; cancel that first", migrations_->active()));
+  }
+  // The VM is RUNNING a moment before the task that started it ends; nobody should have to ask twice for
+  // that.
+  if (!task_name_.empty() && !stop_after_task_ && !exiting_) {
+    stop_after_task_ = [this, command, respond] { Stop(command, respond); };
+    return;
   }
   auto result = std::make_shared<absl::Status>();
   bool force = command.force();

@@ -72,6 +72,8 @@ class Shim {
   UniqueFd cancel_;  // eventfd: tells a task to hurry
   std::thread task_;
   std::string task_name_;  // empty: none
+  // A stop that came while a task ran.
+  std::function<void()> stop_after_task_;
   bool watching_vmm_ = false;
   bool vmm_ended_ = false;  // while a task ran; dealt with after it
   v1::Reason reason_ = v1::REASON_UNSPECIFIED;
