@@ -302,8 +302,10 @@ void Shim::OnVmmExit() {
   }
   if (migrations_->busy()) {
     vmm_ended_ = true;
-    LOG_WARN("{}", vm_->driver().DescribeExit());
-    (void)migrations_->OnVmmExit(vm_->driver().DescribeExit());
+    const std::string how = vm_->driver().DescribeExit();
+    // The engine ends the VMM itself when the guest has moved away or was refused.
+    if (!vm_->driver().killed()) LOG_WARN("{}", how);
+    (void)migrations_->OnVmmExit(how);
     return;
   }
   VirtualMachine::Ending ending = vm_->OnVmmExit();

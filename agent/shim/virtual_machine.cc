@@ -19,6 +19,8 @@ using std::chrono::seconds;
 
 // Largest time that a back-end may take to accept and to say what it offers.
 constexpr Duration kBackendConnect = seconds(5);
+// How long QEMU may take to come back to the devices of a shim that takes over.
+constexpr Duration kVmmReconnect = seconds(5);
 
 absl::Status StartFailed(const absl::Status& status, v1::Reason reason) {
   return ReasonOf(status, v1::REASON_UNSPECIFIED) == v1::REASON_UNSPECIFIED ? WithReason(status, reason)
@@ -97,6 +99,8 @@ absl::Status VirtualMachine::StartMediators(bool required) {
     options.backend = config.devices(i).backend();
     options.listen_path = vmm::DeviceSocketPath(config.run_dir(), options.spec.name());
     options.backend_required = required;
+    options.vmm_returns = !required;
+    options.whole_memory_tables = true;
     options.connect_timeout = kBackendConnect;
     options.ram = ram_.get();
     vhost::MediatorCallbacks callbacks;
@@ -210,9 +214,18 @@ absl::Status VirtualMachine::Adopt(Deadline deadline) {
   RETURN_IF_ERROR(StartFailed(StartMediators(false), v1::SOURCE_BACKEND_FAILED));
   auto driver = vmm::QmpDriver::Adopt(process, config.run_dir(), config.run_dir() + "/qemu.log", deadline);
   if (!driver.ok()) return StartFailed(driver.status(), v1::SOURCE_VMM_FAILED);
-  std::lock_guard lock(mutex_);
-  driver_ = *std::move(driver);
-  start_time_ = std::time(nullptr);
+  {
+    std::lock_guard lock(mutex_);
+    driver_ = *std::move(driver);
+    start_time_ = std::time(nullptr);
+  }
+  // QEMU tries each second. A guest that stands still must not be started before: QEMU would start its
+  // devices on connections that are gone, and not try again.
+  for (const auto& mediator : mediators_) {
+    if (!mediator->WaitForVmm(deadline.Min(Deadline::After(kVmmReconnect)))) {
+      LOG_WARN("device {}: QEMU has not come back to it yet", mediator->name());
+    }
+  }
   return absl::OkStatus();
 }
 
@@ -241,7 +254,7 @@ v1::Vm VirtualMachine::Describe() const {
   vm.set_migration(migration_);
   vm.set_epoch(epoch_);
   if (start_time_ != 0) vm.mutable_start_time()->set_seconds(start_time_);
-  if (driver_) vm.set_vmm_pid(static_cast<uint64_t>(driver_->pid()));
+  if (driver_ && state_ != v1::Vm::STOPPED) vm.set_vmm_pid(static_cast<uint64_t>(driver_->pid()));
   for (const auto& mediator : mediators_) *vm.add_devices() = mediator->Describe();
   return vm;
 }

@@ -233,6 +233,7 @@ void Mediator::Impl::Publish() {
     changed = d.SerializeAsString() != published_.SerializeAsString();
     if (changed) published_ = d;
     published_expected_ = expected_result_;
+    published_vmm_ = vmm_.valid();
     if (stop_began_ && stop_ended_) stop_duration_ = *stop_ended_ - *stop_began_;
     ++change_count_;
   }
@@ -243,6 +244,11 @@ void Mediator::Impl::Publish() {
 v1::Device Mediator::Impl::Describe() const {
   std::lock_guard lock(mutex_);
   return published_;
+}
+
+bool Mediator::Impl::WaitForVmm(Deadline deadline) const {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_until(lock, deadline.when(), [&] { return published_vmm_; });
 }
 
 // --- the public face ---
@@ -258,6 +264,7 @@ absl::StatusOr<std::unique_ptr<Mediator>> Mediator::Start(MediatorOptions option
 }
 
 const std::string& Mediator::name() const { return impl_->name(); }
+bool Mediator::WaitForVmm(Deadline deadline) const { return impl_->WaitForVmm(deadline); }
 v1::Device Mediator::Describe() const { return impl_->Describe(); }
 bool Mediator::Active() const { return impl_->Describe().state() == v1::Device::ACTIVE; }
 absl::Status Mediator::StartLogging(Deadline deadline) { return impl_->StartLogging(deadline); }

@@ -68,6 +68,14 @@ struct MediatorOptions {
   // True: Start fails when the back-end cannot be reached within `connect_timeout`. False: the device begins
   // as BACKEND_LOST, and the VMM can connect once the back-end has been seen.
   bool backend_required = true;
+  // The VMM ran before this mediator and comes back to it. QEMU (vhost-user-blk, 7.2 to 10.0) whose device
+  // was stopped when its connection ended does not notice the end: it goes on over the new connection as if
+  // it were the old one, and negotiates nothing. So a session that begins without questions is taken to have
+  // accepted all that is offered.
+  bool vmm_returns = false;
+  // Memory is to be handed over as whole tables (no CONFIGURE_MEM_SLOTS): such a QEMU would otherwise only
+  // name the regions that changed. At most 8 regions then.
+  bool whole_memory_tables = false;
   Duration connect_timeout = std::chrono::seconds(5);
   // Guest memory for HarvestLog; may be null, then HarvestLog fails. Must outlive the mediator. Its layout
   // must have been set (see MediatorCallbacks::on_memory) before the first harvest.
@@ -98,6 +106,8 @@ class Mediator {
   v1::Device Describe() const;
   // The VMM has started at least one queue and the back-end serves it.
   bool Active() const;
+  // Waits until the VMM is connected; false at the deadline.
+  bool WaitForVmm(Deadline deadline) const;
 
   // --- source of a migration ---
   // Makes the back-end log its writes to guest memory. The full copy of memory must begin after this

@@ -77,6 +77,7 @@ class Mediator::Impl {
   // mediator.cc
   absl::Status StartUp();
   v1::Device Describe() const;
+  bool WaitForVmm(Deadline deadline) const;
   uint64_t wakeups() const { return wakeups_.load(std::memory_order_relaxed); }
   const std::string& name() const { return options_.spec.name(); }
 
@@ -210,6 +211,7 @@ class Mediator::Impl {
   UnixListener listen_;
   UniqueFd inotify_;
   Connection vmm_;
+  bool vmm_heard_ = false;  // the VMM has said something on this connection
   DeviceRecord record_;
   Link link_;
   Offer offer_;
@@ -234,13 +236,14 @@ class Mediator::Impl {
   std::atomic<bool> quit_{false};
   std::atomic<uint64_t> wakeups_{0};
   mutable std::mutex mutex_;
-  std::condition_variable changed_;
+  mutable std::condition_variable changed_;
   std::deque<std::function<void()>> posted_;  // guarded by mutex_
   v1::Device published_;                      // guarded by mutex_
   uint64_t change_count_ = 0;                 // guarded by mutex_
   std::optional<Duration> armed_;             // guarded by mutex_
   Duration stop_duration_{};                  // guarded by mutex_
   absl::Status published_expected_;           // guarded by mutex_
+  bool published_vmm_ = false;                // guarded by mutex_
 
   std::mutex log_mutex_;
   std::shared_ptr<DirtyLog> log_;  // guarded by log_mutex_

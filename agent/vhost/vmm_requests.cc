@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <utility>
 
 #include "agent/vhost/mediator_impl.h"
 #include "agent/virtio/features.h"
@@ -34,6 +35,7 @@ void Mediator::Impl::AcceptVmm() {
   auto fd = listen_.Accept();
   if (!fd.ok() || !fd->valid()) return;
   vmm_ = Connection(std::move(*fd));
+  vmm_heard_ = false;
   LOG_INFO("device {}: VMM connected", name());
 }
 
@@ -42,6 +44,11 @@ void Mediator::Impl::ServeVmm() {
   absl::Status status = message.status();
   std::string what;
   if (message.ok()) {
+    if (!std::exchange(vmm_heard_, true) && options_.vmm_returns &&
+        message->request() != Request::kGetFeatures && message->request() != Request::kSetOwner) {
+      LOG_INFO("device {}: the VMM goes on with what it had agreed on before", name());
+      record_.protocol_features = ProtocolFeaturesForVmm() & ~pf::kStatus;
+    }
     status = ValidateRequest(*message, record_.protocol_features);
     if (status.ok()) status = Dispatch(*message);
   } else if (absl::IsUnavailable(status)) {
@@ -81,7 +88,9 @@ uint64_t Mediator::Impl::FeaturesForVmm() const {
 }
 
 uint64_t Mediator::Impl::ProtocolFeaturesForVmm() const {
-  return (offer_.protocol_features & kRelayed) | kOwnProtocolFeatures;
+  uint64_t features = (offer_.protocol_features & kRelayed) | kOwnProtocolFeatures;
+  if (options_.whole_memory_tables) features &= ~pf::kConfigureMemSlots;
+  return features;
 }
 
 absl::Status Mediator::Impl::CheckIndex(const WireMessage& m, uint64_t index) const {

@@ -279,7 +279,10 @@ absl::Status QmpDriver::FinishLoad(Deadline deadline) {
 }
 
 absl::Status QmpDriver::Start(Deadline deadline) {
+  const uint64_t mark = qmp_->LastEvent();
   RETURN_IF_ERROR(Execute("cont", json::object(), deadline).status());
+  // The usual case, without another question: the guest waits.
+  if (auto resumed = qmp_->Newest("RESUME"); resumed && resumed->sequence > mark) return absl::OkStatus();
   ASSIGN_OR_RETURN(std::string state, RunState(deadline));
   if (state == "running") return absl::OkStatus();
   return Error(absl::StatusCode::kUnavailable, "the guest does not run after cont: QEMU is {}", state);
@@ -296,6 +299,7 @@ absl::Status QmpDriver::PowerDown(Deadline deadline) {
 }
 
 void QmpDriver::Kill() {
+  killed_ = true;
   if (::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0) < 0 && errno != ESRCH) {
     LOG_ERROR("cannot kill QEMU pid {}: {}", id_.pid, std::strerror(errno));
     return;

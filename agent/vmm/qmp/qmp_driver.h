@@ -9,6 +9,7 @@
 //  - QEMU at the destination is created with -S, so that loading never starts the guest; `cont` does.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -67,6 +68,8 @@ class QmpDriver final : public VmmDriver {
   // How it ended, in words: the guest's wish, exit code or signal, and what QEMU printed last. Waits briefly
   // for an end that is under way; says so if it still runs. Any thread.
   std::string DescribeExit();
+  // Kill() was called: its end is no news. Any thread.
+  bool killed() const { return killed_; }
   // The end was wished for: the guest powered itself off, or PowerDown was asked. Any thread, after the end.
   bool GuestShutDown() const;
 
@@ -92,6 +95,7 @@ class QmpDriver final : public VmmDriver {
   std::unique_ptr<QmpClient> qmp_;
   uint64_t load_events_ = 0;
   int64_t frozen_at_ns_ = 0;
+  std::atomic<bool> killed_ = false;
   std::mutex exit_mutex_;
   std::optional<Process> child_;          // guarded by exit_mutex_; absent if adopted
   std::optional<std::string> exit_text_;  // guarded by exit_mutex_
