@@ -374,8 +374,13 @@ absl::Status OutgoingMigration::Impl::Interrupted() {
 
 absl::Status OutgoingMigration::Impl::Harvest(memory::PageSets& pages) {
   for (auto& source : dirty_sources_) {
-    if (absl::Status status = source->Harvest(pages); !status.ok())
+    if (absl::Status status = source->Harvest(pages); !status.ok()) {
+      // A process that is being killed gives its memory up before its pidfd says that it has ended; which of
+      // the two this is decides whether there still is a guest.
+      pollfd ended{p_.driver.exit_fd(), POLLIN, 0};
+      (void)::poll(&ended, 1, 2000);
       return AtSource(Annotate(status, fmt::format("dirty pages of {}", source->name())));
+    }
   }
   return absl::OkStatus();
 }
