@@ -280,7 +280,16 @@ absl::Status QmpDriver::FinishLoad(Deadline deadline) {
 
 absl::Status QmpDriver::Start(Deadline deadline) {
   const uint64_t mark = qmp_->LastEvent();
-  RETURN_IF_ERROR(Execute("cont", json::object(), deadline).status());
+  absl::Status asked = Execute("cont", json::object(), deadline).status();
+  // QEMU refuses for a moment after a migration ended ("not finalized yet"), and has no event for the end of
+  // that.
+  while (!asked.ok() && Message(asked).find("not finalized") != std::string::npos && !deadline.Expired()) {
+    (void)qmp_->WaitEvent(
+        qmp_->LastEvent(), [](const QmpEvent&) { return true; },
+        deadline.Min(Deadline::After(std::chrono::milliseconds(10))));
+    asked = Execute("cont", json::object(), deadline).status();
+  }
+  RETURN_IF_ERROR(asked);
   // The usual case, without another question: the guest waits.
   if (auto resumed = qmp_->Newest("RESUME"); resumed && resumed->sequence > mark) return absl::OkStatus();
   ASSIGN_OR_RETURN(std::string state, RunState(deadline));
