@@ -531,9 +531,12 @@ bool Mediator::Impl::DrainMoment() {
 bool Mediator::Impl::AwaitAllUsed(uint32_t index, Deadline deadline) {
   auto ring = record_.Split(index);
   if (!ring.ok()) return true;
-  for (;;) {
+  for (bool kicked = false;; kicked = true) {
     auto indices = virtio::ReadSplitIndices(record_.memory, *ring);
     if (!indices.ok() || indices->avail == indices->used) return true;
+    // A vCPU that stopped between its store to avail->idx and its kick has made a request available that the
+    // back-end was never told of. The driver's own kick comes when the guest goes on, and is spurious then.
+    if (!kicked) Inject(record_.vrings[index].kick);
     if (deadline.Expired() || !DrainMoment()) return false;
   }
 }

@@ -57,8 +57,8 @@ class FakeVmm {
   void SetMemory();
   void StartRing(uint16_t base = 0);
 
-  // Puts a write (or read) of sector `sector` at descriptors 3 * slot and kicks.
-  void Submit(uint16_t slot, bool write, uint64_t sector, uint8_t fill = 0);
+  // Puts a write (or read) of sector `sector` at descriptors 3 * slot and, unless told otherwise, kicks.
+  void Submit(uint16_t slot, bool write, uint64_t sector, uint8_t fill = 0, bool kick = true);
   uint16_t UsedIndex() const;
   // Waits until used->idx is `index`.
   bool AwaitUsed(uint16_t index);

@@ -96,6 +96,20 @@ TEST_F(MediatorTest, CorruptIndicesAreAMismatch) {
   EXPECT_EQ(ReasonOf(mediator_->CollectState(Soon()).status()), v1::STATE_MISMATCH);
 }
 
+// A vCPU paused between its store to avail->idx and its kick: the back-end has not heard of the request.
+TEST_F(MediatorTest, RequestWithoutItsKickIsDrainedByTheStop) {
+  Begin();
+  vmm_->Submit(0, true, 0, 1);
+  ASSERT_TRUE(vmm_->AwaitUsed(1));
+  vmm_->Submit(1, true, 1, 2, /*kick=*/false);
+  ASSERT_TRUE(mediator_->ArmStop(seconds(20)).ok());
+  EXPECT_EQ(vmm_->GetBase().value_or(99), 2u);
+  EXPECT_EQ(vmm_->UsedIndex(), 2u);
+  auto state = mediator_->CollectState(Soon());
+  ASSERT_TRUE(state.ok()) << state.status();
+  EXPECT_EQ(state->vrings(0).used_idx(), 2u);
+}
+
 TEST_F(MediatorTest, SlowRequestsEndTheStopAtItsBoundAndTheRingGoesOn) {
   Begin({.delay_us = 400000});
   for (uint16_t i = 0; i < 4; ++i) vmm_->Submit(i, true, i, 4);
