@@ -13,9 +13,11 @@ endif()
 add_compile_options(-Wall -Wextra -Werror -fno-omit-frame-pointer -ffile-prefix-map=${CMAKE_SOURCE_DIR}/=)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   # GCC 12 warns of code that is in order once it optimises: -Wrestrict of std::string assignments (GCC bug 105651),
-  # -Wmaybe-uninitialized of values moved out of absl::StatusOr (GCC bug 105562 is of the same kind). clang-tidy and the
-  # sanitizers look for the real thing.
-  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fpch-preprocess> -Wno-restrict -Wno-maybe-uninitialized)
+  # -Wmaybe-uninitialized of values moved out of absl::StatusOr. clang-tidy and the sanitizers look for the real thing.
+  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fpch-preprocess> -Wno-restrict)
+  if(BATON_SANITIZE OR NOT CMAKE_BUILD_TYPE STREQUAL "Debug")
+    add_compile_options(-Wno-maybe-uninitialized)
+  endif()
 endif()
 if(BATON_SANITIZE)
   add_compile_options(-fsanitize=${BATON_SANITIZE} -fno-sanitize-recover=all)
