@@ -32,28 +32,62 @@ def row(name, values, unit="ms"):
         f"(n={len(values)})")
 
 
-def settle(guest):
+def settle(guest, timeout=30):
     """The guest's figures once its clock meter has seen the stop."""
     for _ in range(30):
-        status = guest.status()
+        status = guest.status(timeout)
         if int(status["stops"]):
             return status
         guest.wait_writes(100)
     raise LabError("the guest noticed no stop")
 
 
+class QemuGuest:
+    """The same guest, moved by QEMU itself. QEMU 7.2 under TCG loses this guest at times: it never answers again after a
+    migration that QEMU calls completed. Such a run counts as lost, and a fresh guest takes its place; the figures are of
+    the runs that QEMU did well."""
+
+    def __init__(self, cluster):
+        self.cluster, self.migrations, self.lost = cluster, 0, 0
+        self.start()
+
+    def start(self):
+        self.pair = QemuPair(self.cluster.lab, [agent.storage.second_socket for agent in self.cluster.agents.values()],
+                             os.path.join(self.cluster.guest_dir, "vmlinuz"),
+                             os.path.join(self.cluster.guest_dir, "initrd.gz"))
+        self.guest = DirectGuest(self.cluster, self.pair)
+        self.guest.wait_writes(1)
+
+    def freeze(self):
+        self.pair.process.send_signal(signal.SIGSTOP)
+
+    def measure(self):
+        self.pair.process.send_signal(signal.SIGCONT)
+        for _ in range(10):
+            try:
+                self.guest.wait_writes(300)
+                self.guest.reset()
+                self.guest.wait_writes(300)
+                self.migrations += 1
+                result = self.pair.migrate()
+                return {**settle(self.guest, timeout=10), "reported": float(result.get("downtime", 0))}
+            except LabError as error:
+                self.lost += 1
+                say(f"  QEMU lost its guest ({str(error).splitlines()[0][:100]})")
+                self.pair.stop()
+                self.start()
+        raise LabError("QEMU lost its guest ten times in a row")
+
+
 def blackout(lab, runs):
     with Cluster(lab, second_disk=True) as cluster:
         guest = cluster.start_guest("a", cmdline=CMDLINE)
-        pair = QemuPair(lab, [agent.storage.second_socket for agent in cluster.agents.values()],
-                        os.path.join(cluster.guest_dir, "vmlinuz"), os.path.join(cluster.guest_dir, "initrd.gz"))
-        other = DirectGuest(cluster, pair)
-        other.wait_writes(1)
+        other = QemuGuest(cluster)
         figures = {"baton": [], "qemu": []}
         # One more than counted: the first of each warms up.
         for run in range(runs + 1):
             # Only the guest that is measured runs.
-            pair.process.send_signal(signal.SIGSTOP)
+            other.freeze()
             guest.reset()
             guest.wait_writes(300)
             here = cluster.host_of()
@@ -65,13 +99,7 @@ def blackout(lab, runs):
             figures["baton"].append({**status, "reported": seconds(down.get("vcpu")) * 1000})
             vmm = cluster.lab.find("qemu-system", host=cluster.host_of())[0]
             vmm.kill(signal.SIGSTOP)
-            pair.process.send_signal(signal.SIGCONT)
-            other.wait_writes(300)
-            other.reset()
-            other.wait_writes(300)
-            result = pair.migrate()
-            status = settle(other)
-            figures["qemu"].append({**status, "reported": float(result.get("downtime", 0))})
+            figures["qemu"].append(other.measure())
             vmm.kill(signal.SIGCONT)
             guest.wait_writes(300)
             say(f"  run {run:2}: " + "  ".join(
@@ -79,9 +107,9 @@ def blackout(lab, runs):
                 f"{f[-1]['reported']:6.1f}" for name, f in figures.items()))
         for f in figures.values():
             del f[0]
-        pair.process.send_signal(signal.SIGSTOP)
+        other.freeze()
         _, sentence = guest.verify()
-        pair.stop()
+        other.pair.stop()
     say("blackout, inside the guest, as the longest gap between completed I/Os")
     medians = {}
     for name, f in figures.items():
@@ -90,7 +118,8 @@ def blackout(lab, runs):
         row(f"  {name}, machine stopped", [int(status["stop_us"]) / 1000 for status in f])
         row(f"  {name}, as it reports", [status["reported"] for status in f])
         medians[name] = statistics.median(gaps)
-    say(f"  {sentence}")
+    say(f"  Baton: {sentence}")
+    say(f"  QEMU: {other.lost} of {other.migrations} migrations left a guest that never answered again; they are in no figure")
     return "blackout, Baton / QEMU 7.2 (limit 1.0)", medians["baton"] / medians["qemu"]
 
 
