@@ -97,12 +97,7 @@ absl::Status Agent::StartServices() {
   RETURN_IF_ERROR(vms_->FindAgain(Deadline::After(seconds(60))));
   ASSIGN_OR_RETURN(peer_port_, PeerPort::Start(config_, *vms_, metrics_, peer_tasks_));
   TlsFiles tls{config_.session_tls.ca, config_.session_tls.cert, config_.session_tls.key};
-  grpc::ChannelArguments arguments = LongStreamArguments();
-  // The session has a pause of its own; the channel's would come on top of it.
-  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 1000);
-  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
-  auto channel = MakeChannel(config_.batond, tls, config_.session_server_name, arguments);
+  auto channel = MakeChannel(config_.batond, tls, config_.session_server_name, LongStreamArguments());
   if (!channel.ok()) return Annotate(channel.status(), "batond");
   if (!config_.session_tls.any()) LOG_WARN("the session with batond is not protected by TLS");
   Session::Handlers handlers;

@@ -11,6 +11,8 @@ namespace baton::daemon {
 namespace {
 
 constexpr Duration kFirstBackoff = std::chrono::milliseconds(200);
+// How long batond is dialled before the log says why it cannot be reached.
+constexpr Duration kDialTime = std::chrono::seconds(5);
 // A terminal shows a few KiB at a time; what is beyond this has scrolled away.
 constexpr size_t kMaxConsoleBytes = 1 << 20;
 
@@ -114,6 +116,20 @@ void Session::Run() {
   }
 }
 
+void Session::AwaitConnection() {
+  // gRPC connects only while somebody polls, and a call to a channel in TRANSIENT_FAILURE fails at once,
+  // before it polled: between calls alone, a connection that came to be in the pause after a failure would
+  // never be noticed.
+  Deadline deadline = Deadline::After(kDialTime);
+  while (!deadline.Expired()) {
+    auto slice = std::chrono::system_clock::now() + std::chrono::milliseconds(100);
+    if (channel_->WaitForConnected(slice)) return;
+    std::lock_guard lock(mutex_);
+    if (stopping_) return;
+  }
+  // The call that follows fails, and says why.
+}
+
 void Session::RunOnce() {
   grpc::ClientContext context;
   uint64_t session = 0;
@@ -124,6 +140,7 @@ void Session::RunOnce() {
     session = ++session_;
     welcomed_ = false;
   }
+  AwaitConnection();
   auto stub = v1::AgentSession::NewStub(channel_);
   auto stream = stub->Session(&context);
   // What happens from here on is queued behind the Hello, so nothing falls between inventory and events.

@@ -50,6 +50,8 @@ class Session {
 
  private:
   void Run();
+  // Until the channel is connected, for a few seconds at most.
+  void AwaitConnection();
   // One session from dialling to its end.
   void RunOnce();
   void Write(grpc::ClientReaderWriter<v1::AgentMessage, v1::ServerMessage>& stream);
