@@ -47,6 +47,12 @@ void IncomingMigration::Impl::Run(bool recovered) {
 // Writes OWNER. An error means that it is certainly not in the journal.
 absl::Status IncomingMigration::Impl::Own() {
   PausePoint(o_.pause_dir, "loaded");
+  // Its end may not have been heard of yet, and who becomes owner of a guest whose VMM is dead has lost it.
+  if (pollfd ended{p_.driver.exit_fd(), POLLIN, 0}; ::poll(&ended, 1, 0) == 1) {
+    const absl::Status how = p_.driver.IsRunning(Deadline::After(seconds(1))).status();
+    return Error(v1::DESTINATION_VMM_FAILED, absl::StatusCode::kAborted,
+                 "the VMM ended before it was given the guest: {}", Message(how));
+  }
   RETURN_IF_ERROR(Apply(Event::kOwnerBegun));
   const Clock::time_point begin = Clock::now();
   const absl::Status written = p_.journal.Append(handover().OwnerRecord());

@@ -299,6 +299,19 @@ TEST_F(EngineTest, DestinationVmmKilledDuringPrecopy) {
   ExpectRetryWorks();
 }
 
+// Everything has been loaded, and nobody told the engine yet that the VMM is dead.
+TEST_F(EngineTest, DestinationVmmKilledRightBeforeTheYieldIsHeard) {
+  Prepare("m1");
+  proxy_.set_filter([&](bool to_destination, const v1::PeerMessage& message) {
+    if (to_destination && message.has_yield()) destination_->vmm.Kill();
+    return true;
+  });
+  StartDestination();
+  StartSource();
+  ExpectStayed(v1::DESTINATION_VMM_FAILED);
+  ExpectRetryWorks();
+}
+
 TEST_F(EngineTest, SourceVmmThatDiesTakesTheGuestWithItAndIsReported) {
   Prepare("m1");
   proxy_.set_filter([&](bool to_destination, const v1::PeerMessage& message) {
