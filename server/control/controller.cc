@@ -377,6 +377,16 @@ void Controller::OnHostDown(const std::string& host) {
   }
 }
 
+void Controller::OnVmEnded(const std::string& host, const std::string& vm, const std::string& how) {
+  std::vector<std::string> ids;
+  for (const auto& [id, entry] : entries_) {
+    if (entry->source == host && entry->vm == vm) ids.push_back(id);
+  }
+  for (const std::string& id : ids) {
+    if (Entry* entry = Find(id)) Apply(*entry, VmEnded{how});
+  }
+}
+
 void Controller::OnReport(const std::string& host, const v1::SideReport& report) {
   Entry* entry = Find(IdOf(report.migration_id()));
   if (!entry) {

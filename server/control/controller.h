@@ -68,6 +68,7 @@ class Controller : public FleetObserver {
   // FleetObserver
   void OnHostUp(const std::string& host, const v1::Hello& hello) override;
   void OnHostDown(const std::string& host) override;
+  void OnVmEnded(const std::string& host, const std::string& vm, const std::string& how) override;
   void OnReport(const std::string& host, const v1::SideReport& report) override;
   std::string MigrationOf(const std::string& vm) const override;
 

@@ -207,6 +207,7 @@ void Machine::Started(const CommandDone& done) {
   std::string message = fmt::format("{} could not start: {}", pub_.source(), Message(done.status));
   v1::Reason reason = ReasonOf(done.status, v1::SOURCE_SHIM_FAILED);
   if (Refusal(done) && !HasSource()) {
+    if (vm_ended_) return LoseAtSource(v1::SOURCE_VMM_FAILED, *vm_ended_);
     ctl_.set_source_clean(true);
     return Give(v1::FAILED, reason, message);
   }
@@ -226,12 +227,8 @@ void Machine::Cancelled(const CommandDone& done) {
     if (!HasSource() || source_.has_vm) {
       ctl_.set_source_clean(true);
     } else {
-      auto* report = ctl_.mutable_source();
-      report->set_done(true);
-      report->set_guest_lost(true);
-      report->set_guest_running(false);
-      report->set_reason(v1::SOURCE_SHIM_FAILED);
-      report->set_message(fmt::format("{} has neither the VM nor a trace of the migration", pub_.source()));
+      LoseAtSource(v1::SOURCE_SHIM_FAILED,
+                   fmt::format("{} has neither the VM nor a trace of the migration", pub_.source()));
     }
     return;
   }
@@ -314,6 +311,22 @@ void Machine::On(const HostDown& event) {
   }
 }
 
+void Machine::On(const VmEnded& event) {
+  switch (ctl_.step()) {
+    case MigrationControl::INSPECTING:
+    case MigrationControl::READYING:
+      SetLocation(v1::LOST);
+      return Give(v1::FAILED, v1::SOURCE_VMM_FAILED,
+                  fmt::format("the guest was lost at {}: {}", pub_.source(), event.how));
+    case MigrationControl::STARTING:
+      vm_ended_ = event.how;  // the answer to StartOutgoing tells whether the source's shim has a word in it
+      return;
+    default:
+      // QUEUED: the inspection will find out. Later the source itself reports what became of the guest.
+      return;
+  }
+}
+
 void Machine::On(const CancelAsked&) {
   if (ended() || pub_.cancel_requested()) return;
   pub_.set_cancel_requested(true);
@@ -346,6 +359,16 @@ void Machine::On(const FencedAsked&) {
 }
 
 // --- what follows from the state ---
+
+void Machine::LoseAtSource(v1::Reason reason, const std::string& how) {
+  auto* report = ctl_.mutable_source();
+  report->set_done(true);
+  report->set_guest_lost(true);
+  report->set_guest_running(false);
+  report->set_reason(reason);
+  report->set_message(how);
+  if (ctl_.step() == MigrationControl::STARTING) SetStep(MigrationControl::RUNNING);
+}
 
 void Machine::Give(v1::Phase phase, v1::Reason reason, const std::string& message) {
   ctl_.set_end_phase(phase);

@@ -94,14 +94,18 @@ struct HostUp {
 struct HostDown {
   v1::Role role;
 };
+// The VM has ended at the source, by its agent's word.
+struct VmEnded {
+  std::string how;
+};
 struct CancelAsked {};
 struct RetuneAsked {
   v1::RetuneCommand retune;  // bandwidth and max_downtime
 };
 struct FencedAsked {};
 struct Tick {};
-using Event = std::variant<Admitted, CommandDone, Reported, HostUp, HostDown, CancelAsked, RetuneAsked,
-                           FencedAsked, Tick>;
+using Event = std::variant<Admitted, CommandDone, Reported, HostUp, HostDown, VmEnded, CancelAsked,
+                           RetuneAsked, FencedAsked, Tick>;
 
 struct Actions {
   std::vector<OutgoingCommand> commands;
@@ -134,6 +138,7 @@ class Machine {
   void On(const Reported& event);
   void On(const HostUp& event);
   void On(const HostDown& event);
+  void On(const VmEnded& event);
   void On(const CancelAsked&);
   void On(const RetuneAsked& event);
   void On(const FencedAsked&);
@@ -145,6 +150,8 @@ class Machine {
   void Cancelled(const CommandDone& done);
   void Aborted(const CommandDone& done);
   void TakeReport(const v1::SideReport& report);
+  // The guest ended at the source, which has no shim that could report it.
+  void LoseAtSource(v1::Reason reason, const std::string& how);
   // Failure or cancel before the source began.
   void Give(v1::Phase phase, v1::Reason reason, const std::string& message);
   void WantCancel(v1::Reason reason, const std::string& message);
@@ -202,8 +209,9 @@ class Machine {
   Side source_, destination_;
   std::map<CommandKind, bool> in_flight_;
   std::map<CommandKind, int64_t> not_before_;
-  bool cancel_told_ = false;  // the source's agent confirmed CancelOutgoing in this session
-  int64_t step_since_ = 0;    // 0: set at the next event
+  std::optional<std::string> vm_ended_;  // how, while StartOutgoing is not yet answered
+  bool cancel_told_ = false;             // the source's agent confirmed CancelOutgoing in this session
+  int64_t step_since_ = 0;               // 0: set at the next event
   int64_t phase_since_ = 0;
   int64_t outcome_since_ = 0;  // since when only the destination's clean-up is waited for
   Now now_;                    // of the event being handled

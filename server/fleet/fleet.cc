@@ -377,6 +377,7 @@ void Fleet::TakeVm(HostEntry& host, const v1::Vm& reported) {
     if (entry.record.owner().empty()) vms_.erase(id);
   }
   CountHosts();
+  if (observer_ && vm.state() == v1::Vm::STOPPED) observer_->OnVmEnded(IdOf(host_name), id, vm.message());
 }
 
 void Fleet::DropVm(HostEntry& host, const std::string& id, const std::string& message) {
@@ -390,6 +391,7 @@ void Fleet::DropVm(HostEntry& host, const std::string& id, const std::string& me
     record.mutable_vm()->set_message(message);
     if (absl::Status status = Save(id, entry, record); !status.ok())
       LOG_ERROR("vms/{}: {}", id, Message(status));
+    observer_->OnVmEnded(IdOf(host.record.host().name()), id, message);
     return;
   }
   Batch batch;

@@ -36,6 +36,8 @@ class FleetObserver {
   virtual void OnHostUp(const std::string& host, const v1::Hello& hello) = 0;
   virtual void OnHostDown(const std::string& host) = 0;
   virtual void OnReport(const std::string& host, const v1::SideReport& report) = 0;
+  // The VM, which this host owns by the record, has ended there; `how` says so in words.
+  virtual void OnVmEnded(const std::string& host, const std::string& vm, const std::string& how) = 0;
   // Name of the migration that a VM is in ("migrations/x"), or empty.
   virtual std::string MigrationOf(const std::string& vm) const = 0;
 };

@@ -354,6 +354,38 @@ TEST_F(MachineTest, LostGuestIsReportedAsLost) {
   EXPECT_NE(m().message().find("runs nowhere"), std::string::npos);
 }
 
+TEST_F(MachineTest, GuestThatEndsWhileTheDestinationPreparesIsLost) {
+  BothUp();
+  Do(Admitted{});
+  AnswerInspect();
+  Do(VmEnded{"QEMU was killed by SIGKILL"});
+  AnswerPrepare();
+  Last(CommandKind::kAbort);
+  Answer(CommandKind::kAbort);
+  Wait(1);
+  EXPECT_EQ(Count(CommandKind::kStart), 0);
+  EXPECT_EQ(m().phase(), v1::FAILED);
+  EXPECT_EQ(m().reason(), v1::SOURCE_VMM_FAILED);
+  EXPECT_EQ(m().guest_location(), v1::LOST);
+}
+
+TEST_F(MachineTest, GuestThatEndsBeforeTheSourceStartsIsLost) {
+  BothUp();
+  Do(Admitted{});
+  AnswerInspect();
+  AnswerPrepare();
+  Do(VmEnded{"QEMU was killed by SIGKILL"});
+  AnswerError(CommandKind::kStart, absl::StatusCode::kFailedPrecondition, "the VM is STOPPED",
+              v1::VM_NOT_MIGRATABLE);
+  Last(CommandKind::kAbort);
+  Answer(CommandKind::kAbort);
+  Wait(1);
+  EXPECT_EQ(m().phase(), v1::FAILED);
+  EXPECT_EQ(m().reason(), v1::SOURCE_VMM_FAILED);
+  EXPECT_EQ(m().guest_location(), v1::LOST);
+  EXPECT_TRUE(machine_.settled());
+}
+
 TEST_F(MachineTest, LostAfterYieldingWaitsForTheDestinationsVerdict) {
   Run();
   Yield();
