@@ -8,15 +8,14 @@ from batonlab.case import ClusterTest
 from batonlab.cluster import summary
 from batonlab.lab import wait_until
 
-# Where the shims wait while the fault is injected: {phase: (side, pause point)}. The destination's shim passes
-# `prepared` and `loaded` and `owner`, the source's `precopy`, `frozen` and `yielded`.
+# Where the shims wait while the fault is injected: {phase: (side, pause point)}.
 POINTS = {
-    "preparing": ("b", "prepared"),
-    "precopy": ("a", "precopy"),
-    "switchover": ("a", "frozen"),
-    "yielded": ("a", "yielded"),
-    "loaded": ("b", "loaded"),
-    "owner": ("b", "owner"),
+    "preparing": ("destination", "prepared"),
+    "precopy": ("source", "precopy"),
+    "switchover": ("source", "frozen"),
+    "yielded": ("source", "yielded"),
+    "loaded": ("destination", "loaded"),
+    "owner": ("destination", "owner"),
 }
 
 MOVED = {("SUCCEEDED", "DESTINATION")}
@@ -46,53 +45,54 @@ MATRIX = {
 class Faults(ClusterTest):
     SECURE = True
 
-    def one(self, program, host):
-        """The VM's only process of that kind on a host."""
+    def kill_one(self, program, host):
+        """Kills the VM's only process of that kind, and waits until it is dead: a VMM takes a while to end."""
         found = self.cluster.agents[host].find(program)
         self.assertEqual(len(found), 1, f"{program} on {host}: {found}")
-        return found[0]
-
-    # Each answers what to do once the waiting shims go on: start again what a service manager would.
+        found[0].kill()
+        wait_until(lambda: not found[0].alive(), f"end of {found[0]}", 20)
 
     def fault_batond(self):
         self.cluster.batond.kill()
         self.cluster.batond.start()
 
     def fault_source_agent(self):
-        self.cluster.agents["a"].restart()
+        self.cluster.agents[self.source].restart()
 
     def fault_destination_agent(self):
-        self.cluster.agents["b"].restart()
+        self.cluster.agents[self.destination].restart()
 
     def fault_destination_shim(self):
-        self.one("baton-shim", "b").kill()
+        self.kill_one("baton-shim", self.destination)
 
     def fault_destination_qemu(self):
-        self.one("qemu-system", "b").kill()
+        self.kill_one("qemu-system", self.destination)
 
     def fault_source_storage(self):
-        self.cluster.agents["a"].storage.kill()
-        self.cluster.agents["a"].storage.start()
+        self.cluster.agents[self.source].storage.restart()
 
     def fault_destination_storage(self):
-        self.cluster.agents["b"].storage.kill()
-        self.cluster.agents["b"].storage.start()
+        self.cluster.agents[self.destination].storage.restart()
 
     def fault_connection(self):
         self.cluster.network.cut()
+        self.cut_at = time.monotonic()
 
     def fault_source_shim(self):
-        self.one("baton-shim", "a").kill()
+        self.kill_one("baton-shim", self.source)
 
     def fault_source_qemu(self):
-        self.one("qemu-system", "a").kill()
+        self.kill_one("qemu-system", self.source)
 
     def check(self, process, point, allowed):
-        guest = self.have_guest("a")
+        # The guest goes from where the case before left it.
+        guest = self.have_guest()
+        self.source = self.cluster.host_of()
+        self.destination = "b" if self.source == "a" else "a"
         side, name = POINTS[point]
-        waiting = self.cluster.agents[side]
+        waiting = self.cluster.agents[getattr(self, side)]
         waiting.set_pause(name)
-        migration = self.cluster.migrate("b", wait=False)["name"]
+        migration = self.cluster.migrate(self.destination, wait=False)["name"]
         wait_until(lambda: waiting.paused_at(name), lambda: f"pause point {name}; the migration is "
                    f"{summary(self.cluster.migration(migration) or {})}", 60)
         getattr(self, "fault_" + process)()
@@ -112,16 +112,15 @@ class Faults(ClusterTest):
         if end == ("FAILED", "LOST"):
             self.check_lost()
             return
-        self.assert_runs_only("b" if end[0] == "SUCCEEDED" else "a")
+        moved = end[0] == "SUCCEEDED"
+        self.assert_runs_only(self.destination if moved else self.source)
         self.assert_clean()
         # The next migration works.
-        self.move("a" if end[0] == "SUCCEEDED" else "b")
+        self.move(self.source if moved else self.destination)
         self.assertIs(guest, self.guest)
 
     def noticed(self, migration):
         """The cut has lasted longer than either side waits for a silent peer."""
-        if not hasattr(self, "cut_at"):
-            self.cut_at = time.monotonic()
         phase = (self.cluster.migration(migration) or {}).get("phase")
         return phase in ("FAILED", "CANCELLED", "SUCCEEDED") or time.monotonic() - self.cut_at > 13
 
@@ -133,8 +132,8 @@ class Faults(ClusterTest):
         wait_until(lambda: self.cluster.vm() is None, "vm1 to be forgotten", 30, pause=0.1)
         for agent in self.cluster.agents.values():
             wait_until(lambda agent=agent: not agent.shims(), f"no shim on {agent.name}", 30)
-        self.have_guest("a")
-        self.move("b")
+        self.have_guest(self.source)
+        self.move(self.destination)
 
 
 def add_cases():

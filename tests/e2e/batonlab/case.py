@@ -1,6 +1,7 @@
 """Base of the end-to-end tests: a cluster that the tests of a class share, made anew after a test that failed."""
 import os
 import sys
+import time
 import unittest
 
 from .cluster import Cluster, summary
@@ -11,6 +12,7 @@ BIN = os.environ.get("BATON_BIN", "build/release/bin")
 
 class ClusterTest(unittest.TestCase):
     SECURE = False
+    SMALL_DISKS = False
     QEMU = None
     # QEMU of the specs, a key of QEMU.
     SPEC = {}
@@ -42,7 +44,8 @@ class ClusterTest(unittest.TestCase):
         if cls.lab is None:
             cls.lab = Lab(os.path.join("e2e", f"{cls.__name__}-{self._testMethodName}"), BIN)
             try:
-                cls.cluster = Cluster(cls.lab, secure=cls.SECURE, qemu=cls.QEMU, storage_program=cls.STORAGE)
+                cls.cluster = Cluster(cls.lab, secure=cls.SECURE, qemu=cls.QEMU, storage_program=cls.STORAGE,
+                                      small_disks=cls.SMALL_DISKS)
                 cls.cluster.__enter__()
             except BaseException:
                 cls.drop_cluster()
@@ -54,7 +57,9 @@ class ClusterTest(unittest.TestCase):
 
     def run(self, result=None):
         bad = len(result.failures) + len(result.errors)
+        start = time.monotonic()
         result = super().run(result)
+        print(f"    {self._testMethodName}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         cls = type(self)
         if len(result.failures) + len(result.errors) > bad and cls.lab is not None:
             # What a failed test left is no ground for the next one; its logs stay under its name.
@@ -72,12 +77,12 @@ class ClusterTest(unittest.TestCase):
 
     # --- steps ---
 
-    def have_guest(self, host="a"):
-        """A running guest on `host`: the one there is (moved if needed), or a new one."""
+    def have_guest(self, host=None):
+        """A running guest, on `host` if that is given: the one there is (moved if needed), or a new one."""
         cls = type(self)
         if cls.guest is None:
-            cls.guest = cls.cluster.start_guest(host, cmdline=self.CMDLINE, **self.SPEC)
-        elif cls.cluster.host_of() != host:
+            cls.guest = cls.cluster.start_guest(host or "a", cmdline=self.CMDLINE, **self.SPEC)
+        elif host and cls.cluster.host_of() != host:
             self.move(host)
         return cls.guest
 

@@ -1,4 +1,5 @@
 """batond, two agents as two hosts, a storage daemon on each over one disk image, and a guest that moves."""
+import errno
 import json
 import os
 import subprocess
@@ -60,6 +61,10 @@ class StorageDaemon:
         self.process.kill()
         self.process.wait()
 
+    def restart(self):
+        self.kill()
+        self.start()
+
 
 class Batond:
     def __init__(self, cluster):
@@ -96,6 +101,31 @@ class Batond:
         self.process.wait()
 
 
+class SmallDisk:
+    """A file system of its own that can be filled."""
+
+    def __init__(self, lab, path):
+        self.filler = os.path.join(path, "filler")
+        os.makedirs(path)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "baton-lab", path], check=True)
+        lab.undo.callback(subprocess.run, ["umount", "--lazy", path], check=False)
+
+    def fill(self):
+        """Until not a byte more fits."""
+        with open(self.filler, "ab", buffering=0) as file:
+            for size in (65536, 1):
+                try:
+                    while True:
+                        file.write(bytes(size))
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+
+    def clear(self):
+        if os.path.exists(self.filler):
+            os.unlink(self.filler)
+
+
 class Agent:
     """A host."""
 
@@ -108,6 +138,7 @@ class Agent:
         self.state_dir = os.path.join(self.dir, "state")
         self.memory_dir = os.path.join(lab.memory_dir, name)
         os.makedirs(self.dir)
+        self.small_disk = SmallDisk(lab, self.state_dir) if cluster.small_disks else None
         self.storage = StorageDaemon(cluster, name, cluster.storage_program)
         self.pause_file = os.path.join(self.dir, "pause-at")
         self.set_pause()
@@ -182,11 +213,12 @@ class Agent:
 
 
 class Cluster:
-    """`with Cluster(lab) as cluster`: everything up, no guest yet. `secure`: namespaces and TLS instead of loopback."""
+    """`with Cluster(lab) as cluster`: everything up, no guest yet. `secure`: namespaces and TLS instead of loopback;
+    `small_disks`: each host's state directory is a SmallDisk."""
 
     def __init__(self, lab, secure=False, qemu=None, kvm=False, storage_program="qemu-storage-daemon",
-                 second_disk=False):
-        self.lab, self.kvm, self.storage_program = lab, kvm, storage_program
+                 second_disk=False, small_disks=False):
+        self.lab, self.kvm, self.storage_program, self.small_disks = lab, kvm, storage_program, small_disks
         self.qemu = qemu or {"default": {"path": "/usr/bin/qemu-system-x86_64"}}
         os.makedirs(lab.memory_dir, exist_ok=True)
         self.images = [os.path.join(lab.dir, f"disk{number}.img") for number in range(2 if second_disk else 1)]
@@ -263,6 +295,7 @@ class Cluster:
         """Starts the lab guest and waits until it works."""
         self.ctl("vm", "start", self.spec(name, cmdline, **fields), "--host", host, timeout=120)
         guest = Guest(self, name)
+        guest.wait_ready()
         guest.wait_writes(1)
         return guest
 

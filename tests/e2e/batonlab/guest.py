@@ -15,19 +15,27 @@ class Guest:
 
     def ask(self, letter, word, timeout=30):
         """Sends a command and returns the fields of its answer. Asks again where the console or batond went away."""
+        line = self._hear(letter, lambda text: self.answer(text, word), f"answer '{letter}' with {word}", timeout)
+        fields = dict(item.split("=", 1) for item in line.split()[1:] if "=" in item)
+        self.answers = int(fields["n"])
+        return {**fields, "line": line}
+
+    def wait_ready(self, timeout=60):
+        """Until the workload runs. What it is told before that, it does not hear."""
+        self._hear("", lambda text: "READY" in text, "boot", timeout)
+
+    def _hear(self, letter, find, what, timeout):
         deadline = time.monotonic() + timeout
         heard = ""
         while time.monotonic() < deadline:
             # A session that says nothing may be one whose other end has just moved.
-            line, heard = self._session(letter, word, min(deadline, time.monotonic() + max(10, timeout / 3)))
-            if line:
-                fields = dict(item.split("=", 1) for item in line.split()[1:] if "=" in item)
-                self.answers = int(fields["n"])
-                return {**fields, "line": line}
+            found, heard = self._session(letter, find, min(deadline, time.monotonic() + max(10, timeout / 3)))
+            if found:
+                return found
             time.sleep(0.1)
-        raise LabError(f"guest {self.name} did not answer '{letter}' with {word} in {timeout} s; last heard: {heard[-800:]!r}")
+        raise LabError(f"guest {self.name} did not {what} in {timeout} s; last heard: {heard[-800:]!r}")
 
-    def _session(self, letter, word, deadline):
+    def _session(self, letter, find, deadline):
         command = self.cluster.ctl_command("vm", "console", self.name)
         text = ""
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -42,9 +50,9 @@ class Guest:
                     if not data:
                         break
                     text += data.decode(errors="replace")
-                    line = self.answer(text, word)
-                    if line:
-                        return line, text
+                    found = find(text)
+                    if found:
+                        return found, text
                 return None, text
             except BrokenPipeError:
                 return None, text
