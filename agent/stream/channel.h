@@ -27,6 +27,9 @@ class Channel {
 
   // Reads at least one byte, at most what the `count` (≥ 1) buffers hold, in their order; returns how many.
   virtual absl::StatusOr<size_t> ReadSome(const iovec* buffers, int count, Deadline deadline) = 0;
+  // Fills all buffers; may change the array `buffers` while it does. A stream that ends inside them is
+  // DataLoss, one that ends before them OutOfRange.
+  virtual absl::Status ReadAll(iovec* buffers, int count, Deadline deadline);
   // Writes all buffers; may change the array `buffers` while it does.
   virtual absl::Status WriteAll(iovec* buffers, int count, Deadline deadline) = 0;
   // Makes every call that waits, now and later, return Cancelled; the peer sees the connection end.
@@ -35,7 +38,7 @@ class Channel {
   // WriteAll().
   virtual int plain_fd() const = 0;
 
-  // Exactly `size` bytes. A stream that ends inside them is DataLoss, one that ends before them OutOfRange.
+  // Exactly `size` bytes, as ReadAll().
   absl::Status Read(void* data, size_t size, Deadline deadline);
   absl::Status Write(const void* data, size_t size, Deadline deadline);
 
@@ -49,6 +52,8 @@ class Channel {
 
  protected:
   explicit Channel(std::string peer) : peer_(std::move(peer)) {}
+  // What a read returns when it had begun: a stream that is over is DataLoss then.
+  absl::Status EndedInside(const absl::Status& status) const;
   std::atomic<uint64_t> written_{0};
   std::atomic<uint64_t> read_{0};
 

@@ -14,6 +14,7 @@
 
 #include "agent/stream/memory_frame.h"
 #include "agent/stream/page_ops.h"
+#include "agent/stream/socket_io.h"
 #include "agent/stream/wire.h"
 
 namespace baton::stream {
@@ -28,6 +29,9 @@ namespace {
 // Populated zero pages in a row from which on a hole is made instead of writing zeroes: a hole saves memory,
 // but costs a system call, and another page fault if data follows later.
 constexpr uint64_t kPunchPages = 64;
+
+// From this many bytes on a frame is worth a system call of its own that returns only when it is whole.
+constexpr uint32_t kBulk = 32u << 10;
 
 // An idle channel is no error: liveness is channel 0's business, and Shutdown() ends the wait.
 Deadline Unbounded() { return Deadline::After(std::chrono::hours(24 * 365)); }
@@ -162,22 +166,24 @@ class MemoryReceiver::Lane {
     const RamBlock& block = shared_.ram.blocks()[header.block];
     RETURN_IF_ERROR(Populate(block, header));
     const size_t checksums = limits_.page_checksums ? header.pages() * 8u : 0;
-    // Checksums, memory, and as much of the next header as is there: one system call for a small frame.
     iovec buffers[3] = {{checksums_.data(), checksums},
                         {block.base() + header.offset, header.length},
                         {header_.data(), kFrameHeaderSize}};
     iovec* next = buffers;
     int count = 3;
-    size_t left = checksums + header.length;
     if (checksums == 0) ++next, --count;
-    while (left > 0) {
-      auto n = channel_->ReadSome(next, count, Unbounded());
-      if (!n.ok()) return n.status().code() == absl::StatusCode::kOutOfRange ? Truncated() : n.status();
-      header_used_ = *n > left ? *n - left : 0;
-      left -= std::min(left, *n);
-      size_t taken = *n;
-      while (count > 0 && taken >= next->iov_len) taken -= next->iov_len, ++next, --count;
-      if (count > 0) next->iov_base = static_cast<char*>(next->iov_base) + taken, next->iov_len -= taken;
+    if (header.length >= kBulk) {
+      absl::Status read = channel_->ReadAll(next, count - 1, Unbounded());
+      if (!read.ok()) return read.code() == absl::StatusCode::kOutOfRange ? Truncated() : read;
+    } else {
+      // As much of the next header as is there, too: one system call for a small frame.
+      for (size_t left = checksums + header.length; left > 0;) {
+        auto n = channel_->ReadSome(next, count, Unbounded());
+        if (!n.ok()) return n.status().code() == absl::StatusCode::kOutOfRange ? Truncated() : n.status();
+        header_used_ = *n > left ? *n - left : 0;
+        left -= std::min(left, *n);
+        Advance(next, count, *n);
+      }
     }
     data.fetch_add(header.length, std::memory_order_relaxed);
     if (checksums != 0) Verify(header, block);

@@ -34,7 +34,7 @@ struct SenderOptions {
   // Data frames carry a checksum for each page; for plaintext channels. With TLS the record layer does it.
   bool page_checksums = true;
   // Upper bound of the guest memory in one data frame; a multiple of 4096, at most kStripeSize.
-  uint32_t frame_bytes = 256u << 10;
+  uint32_t frame_bytes = 512u << 10;
   // Bytes a second over all channels; 0 is unlimited.
   uint64_t bandwidth = 0;
 };

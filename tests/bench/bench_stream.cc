@@ -4,7 +4,7 @@
 // result is compared byte by byte.
 //
 //   bench_stream [--size-mib N] [--channels N] [--rounds N] [--zero-percent N] [--cold] [--tls]
-//   [--strategies] [--json]
+//   [--strategies] [--frame-kib N] [--no-checksums] [--json]
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <netinet/in.h>
@@ -52,6 +52,8 @@ struct Options {
   bool tls = false;
   bool strategies = false;
   bool json = false;
+  uint32_t frame_kib = 0;
+  bool no_checksums = false;
 };
 
 [[noreturn]] void Die(const std::string& what) {
@@ -251,13 +253,15 @@ Sample RawTls(const RamBlock& from, const RamBlock& to, uint32_t lanes, const Ce
   return sample;
 }
 
-Sample Baton(const GuestRam& from, const GuestRam& to, uint32_t lanes, stream::SendStrategy strategy,
+Sample Baton(const GuestRam& from, const GuestRam& to, const Options& bench, stream::SendStrategy strategy,
              const Certificates* certificates) {
+  const uint32_t lanes = bench.channels;
   Sockets sockets = Connect(lanes);
   const Deadline deadline = Deadline::After(std::chrono::minutes(5));
   stream::SenderOptions options;
   options.strategy = strategy;
-  options.page_checksums = certificates == nullptr;
+  options.page_checksums = certificates == nullptr && !bench.no_checksums;
+  if (bench.frame_kib != 0) options.frame_bytes = bench.frame_kib << 10;
   stream::MemoryReceiver receiver(to, {.channels = lanes, .page_checksums = options.page_checksums});
   std::vector<std::unique_ptr<Channel>> channels;
   for (uint32_t lane = 0; lane < lanes; ++lane) {
@@ -311,17 +315,18 @@ class Bench {
       entries.push_back({"raw-" + std::to_string(chunk >> 10) + "k",
                          [=, &from, &to] { return Raw(from, to, lanes, chunk); }});
     }
-    entries.push_back({"baton", [&] { return Baton(from_, to_, lanes, SendStrategy::kWrite, nullptr); }});
+    entries.push_back({"baton", [&] { return Baton(from_, to_, options_, SendStrategy::kWrite, nullptr); }});
     if (options_.strategies) {
       entries.push_back(
-          {"baton-sendfile", [&] { return Baton(from_, to_, lanes, SendStrategy::kSendfile, nullptr); }});
+          {"baton-sendfile", [&] { return Baton(from_, to_, options_, SendStrategy::kSendfile, nullptr); }});
       entries.push_back(
-          {"baton-zerocopy", [&] { return Baton(from_, to_, lanes, SendStrategy::kZeroCopy, nullptr); }});
+          {"baton-zerocopy", [&] { return Baton(from_, to_, options_, SendStrategy::kZeroCopy, nullptr); }});
     }
     if (options_.tls) {
       entries.push_back({"openssl", [&] { return RawTls(from, to, lanes, *certificates_); }});
-      entries.push_back(
-          {"baton-tls", [&] { return Baton(from_, to_, lanes, SendStrategy::kWrite, certificates_.get()); }});
+      entries.push_back({"baton-tls", [&] {
+                           return Baton(from_, to_, options_, SendStrategy::kWrite, certificates_.get());
+                         }});
     }
     for (int round = 0; round <= options_.rounds; ++round) {
       for (auto& [name, run] : entries) {
@@ -417,6 +422,10 @@ int main(int argc, char** argv) {
   app.add_flag("--cold", options.cold, "destination memory not allocated yet");
   app.add_flag("--tls", options.tls, "also over TLS, beside OpenSSL");
   app.add_flag("--strategies", options.strategies, "also sendfile and MSG_ZEROCOPY");
+  app.add_option("--frame-kib", options.frame_kib, "guest memory in a frame (default: the product's)")
+      ->check(CLI::Range(4, 2048));
+  app.add_flag("--no-checksums", options.no_checksums,
+               "plaintext without page checksums, to see what they cost");
   app.add_flag("--json", options.json, "a last line for programs");
   CLI11_PARSE(app, argc, argv);
   return baton::Bench(options).Run();
