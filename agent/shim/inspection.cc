@@ -112,6 +112,9 @@ absl::StatusOr<v1::Inspection> InspectVm(VirtualMachine& vm, Duration dirty_samp
     inspection.set_memory_used(inspection.memory_used() + populated->Count() * memory::kPageSize);
   }
   if (inspection.vm().state() != v1::Vm::RUNNING || !inspection.vm().migration().empty()) return inspection;
+  ASSIGN_OR_RETURN(std::vector<vmm::Obstacle> obstacles, vm.driver().Obstacles(deadline));
+  for (const vmm::Obstacle& o : obstacles)
+    *inspection.add_findings() = MakeFinding(v1::BLOCKER, o.code, o.subject, o.message, o.remedy);
   auto rate = MeasureDirtyRate(vm, std::min(dirty_sample, deadline.Left()), cancel_fd);
   if (rate.ok()) {
     inspection.set_dirty_rate(*rate);

@@ -9,12 +9,18 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "common/clock.h"
 #include "common/fd.h"
 #include "common/status.h"
 
 namespace baton::vmm {
+
+// What makes a VMM unfit for a migration, in the words of a finding (BLOCKER).
+struct Obstacle {
+  std::string code, subject, message, remedy;
+};
 
 // Thread rules: one caller at a time, except pid(), exit_fd() and Kill(), which any thread may call. No call
 // waits past its deadline. A VMM that died makes every call fail with Unavailable and a message that names
@@ -31,6 +37,9 @@ class VmmDriver {
   virtual absl::StatusOr<bool> IsRunning(Deadline deadline) = 0;
 
   // --- source ---
+  // Asked before a migration starts: what the VMM itself says against it, and what it does with guest memory
+  // that no dirty source sees.
+  virtual absl::StatusOr<std::vector<Obstacle>> Obstacles(Deadline) { return std::vector<Obstacle>(); }
   // Freezes the guest for the migration: vCPUs stop, the VMM stops its vhost-user devices (requests that
   // arrive at the mediators meanwhile), and the VMM is ready to give its state. Returns a descriptor from
   // which the state can be read. Bytes that are readable before ContinueState() belong to VmmState stage

@@ -219,6 +219,34 @@ absl::StatusOr<std::string> QmpDriver::AwaitMigration(uint64_t after,
   return StringAt(event->data, "status");
 }
 
+absl::StatusOr<std::vector<Obstacle>> QmpDriver::Obstacles(Deadline deadline) {
+  std::vector<Obstacle> found;
+  ASSIGN_OR_RETURN(json info, Execute("query-migrate", json::object(), deadline));
+  // Devices that cannot be moved, a -only-migratable that was not asked for (QEMU since 6.0).
+  if (auto reasons = info.find("blocked-reasons"); reasons != info.end() && reasons->is_array()) {
+    for (const json& reason : *reasons) {
+      found.push_back({"VMM_BLOCKS_MIGRATION", "VMM",
+                       reason.is_string() ? reason.get<std::string>() : reason.dump(),
+                       "take the device out of extra_args"});
+    }
+  }
+  // A disk of QEMU's own that bypasses the page cache: the storage writes to guest memory by DMA, to pages
+  // that were pinned before they were last protected, and such writes leave no trace in the page tables.
+  ASSIGN_OR_RETURN(json nodes, Execute("query-named-block-nodes", {{"flat", true}}, deadline));
+  if (!nodes.is_array()) return absl::InternalError("QEMU's list of block nodes is no list");
+  for (const json& node : nodes) {
+    if (!node.is_object() || !node.contains("cache") || !node["cache"].is_object()) continue;
+    auto direct = node["cache"].find("direct");
+    if (direct == node["cache"].end() || !direct->is_boolean() || !direct->get<bool>()) continue;
+    const std::string file = StringAt(node, "file");
+    found.push_back(
+        {"VMM_DIRECT_IO", "disk " + (file.empty() ? StringAt(node, "node-name") : file),
+         "QEMU itself reads it with direct I/O, and what that writes to guest memory cannot be tracked",
+         "attach it through a vhost-user back-end, or without cache.direct (cache=writeback)"});
+  }
+  return found;
+}
+
 absl::StatusOr<UniqueFd> QmpDriver::Freeze(Deadline deadline) {
   uint64_t mark = qmp_->LastEvent();
   ASSIGN_OR_RETURN(UniqueFd state, PassSocket(kSourceFd, /*qemu_writes=*/true, deadline));

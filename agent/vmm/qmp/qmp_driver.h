@@ -50,6 +50,7 @@ class QmpDriver final : public VmmDriver {
   int exit_fd() const override { return pidfd_.get(); }
   std::string version() const override;
   absl::StatusOr<bool> IsRunning(Deadline deadline) override;
+  absl::StatusOr<std::vector<Obstacle>> Obstacles(Deadline deadline) override;
   absl::StatusOr<UniqueFd> Freeze(Deadline deadline) override;
   int64_t frozen_at_ns() const override { return frozen_at_ns_; }
   absl::Status ContinueState(Deadline deadline) override;

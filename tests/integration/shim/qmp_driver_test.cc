@@ -185,6 +185,26 @@ TEST_F(QmpDriverTest, Resume_FromEveryStateOfAMigration_GuestRunsAndCanMigrateAg
   ExpectChecked(a_);
 }
 
+TEST_F(QmpDriverTest, Obstacles_NamesDirectIoOfQemusOwnAndWhatQemuItselfRefuses) {
+  Prepare(a_, "a", false);
+  if (HasFatalFailure()) return;
+  const std::string own = dirs_.dir() + "/own.img";
+  ASSERT_TRUE(test::MakeImage(own, 1u << 20).ok());
+  for (const std::string& word :
+       std::vector<std::string>{"-blockdev", "driver=file,node-name=plain,filename=" + image_, "-blockdev",
+                                "driver=file,node-name=bypass,cache.direct=on,filename=" + own, "-device",
+                                "nvme,drive=bypass,serial=1"})
+    *a_.launch.command.spec.add_extra_args() = word;
+  auto driver = QmpDriver::Launch(a_.launch, Soon());
+  ASSERT_TRUE(driver.ok()) << driver.status();
+  a_.driver = *std::move(driver);
+  auto found = a_.driver->Obstacles(Soon());
+  ASSERT_TRUE(found.ok()) << found.status();
+  std::vector<std::string> codes;
+  for (const Obstacle& o : *found) codes.push_back(o.code + " " + o.subject);
+  EXPECT_THAT(codes, testing::UnorderedElementsAre("VMM_BLOCKS_MIGRATION VMM", "VMM_DIRECT_IO disk " + own));
+}
+
 TEST_F(QmpDriverTest, MovesTheStateToAWaitingQemu) {
   Boot(a_);
   Launch(b_, "b", true);
