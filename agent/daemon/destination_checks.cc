@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "common/finding.h"
 #include "common/units.h"
 #include "common/vm_spec.h"
 
@@ -78,22 +79,6 @@ void CheckVmm(const v1::Inspection& source, const DestinationFacts& facts, Findi
 }
 
 }  // namespace
-
-v1::Finding MakeFinding(v1::Severity severity, const std::string& code, const std::string& subject,
-                        const std::string& message, const std::string& remedy) {
-  v1::Finding finding;
-  finding.set_severity(severity);
-  finding.set_code(code);
-  finding.set_subject(subject);
-  finding.set_message(message);
-  finding.set_remedy(remedy);
-  return finding;
-}
-
-bool HasBlocker(const std::vector<v1::Finding>& findings) {
-  return std::any_of(findings.begin(), findings.end(),
-                     [](const v1::Finding& f) { return f.severity() == v1::BLOCKER; });
-}
 
 std::vector<v1::Finding> CheckDestination(const v1::Inspection& source, const v1::MigrationParams& params,
                                           const DestinationFacts& facts) {

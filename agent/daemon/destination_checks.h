@@ -29,8 +29,4 @@ struct DestinationFacts {
 std::vector<v1::Finding> CheckDestination(const v1::Inspection& source, const v1::MigrationParams& params,
                                           const DestinationFacts& facts);
 
-v1::Finding MakeFinding(v1::Severity severity, const std::string& code, const std::string& subject,
-                        const std::string& message, const std::string& remedy);
-bool HasBlocker(const std::vector<v1::Finding>& findings);
-
 }  // namespace baton::daemon

@@ -6,6 +6,7 @@
 #include "agent/daemon/host_info.h"
 #include "agent/daemon/vm_manager.h"
 #include "agent/vhost/probe.h"
+#include "common/finding.h"
 #include "common/log.h"
 #include "common/vm_spec.h"
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "agent/memory/dirty_source.h"
+#include "common/finding.h"
 #include "common/log.h"
 
 namespace baton::shim {
@@ -14,17 +15,6 @@ namespace {
 // back-end wrote (vhost-user.rst, "Migration").
 constexpr uint64_t kVhostLogAll = uint64_t{1} << 26;
 constexpr uint64_t kProtocolLogShmfd = uint64_t{1} << 1;
-
-v1::Finding MakeFinding(v1::Severity severity, const std::string& code, const std::string& subject,
-                        const std::string& message, const std::string& remedy) {
-  v1::Finding finding;
-  finding.set_severity(severity);
-  finding.set_code(code);
-  finding.set_subject(subject);
-  finding.set_message(message);
-  finding.set_remedy(remedy);
-  return finding;
-}
 
 // Sleeps on `cancel_fd`; true if it became readable before the time was over.
 bool CancelledWithin(Duration duration, int cancel_fd) {

@@ -4,6 +4,7 @@
 
 #include "agent/vhost/frontend.h"
 #include "agent/virtio/features.h"
+#include "common/finding.h"
 
 namespace baton::vhost {
 namespace {
@@ -75,13 +76,7 @@ std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1:
   std::vector<v1::Finding> out;
   auto add = [&](v1::Severity severity, const char* code, const std::string& message,
                  const std::string& remedy) {
-    v1::Finding f;
-    f.set_severity(severity);
-    f.set_code(code);
-    f.set_subject("device " + source.name());
-    f.set_message(message);
-    f.set_remedy(remedy);
-    out.push_back(f);
+    out.push_back(MakeFinding(severity, code, "device " + source.name(), message, remedy));
   };
   const bool blk = source.class_() == v1::BLK, net = source.class_() == v1::NET;
   const uint64_t acked = source.acked_features() & ~virtio::kVhostOnly;
