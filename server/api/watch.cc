@@ -21,6 +21,7 @@ class Watch : public grpc::ServerWriteReactor<v1::WatchMigrationsResponse> {
     alive_ = std::move(self);
     api_.loop.Post([this, self = alive_] { Begin(); });
   }
+  void OnSendInitialMetadataDone(bool ok) override { OnWriteDone(ok); }
   void OnWriteDone(bool ok) override {
     api_.loop.Post([this, ok, self = alive_] {
       writing_ = false;
@@ -49,7 +50,9 @@ class Watch : public grpc::ServerWriteReactor<v1::WatchMigrationsResponse> {
     if (absl::Status status = request_.start_revision() > 0 ? Resume() : Snapshot(); !status.ok())
       return End(status);
     subscription_ = controller_.Subscribe([this] { Pump(); });
-    Pump();
+    // At once, so that a client knows that it is connected before the next change comes.
+    writing_ = true;
+    StartSendInitialMetadata();
   }
 
   absl::Status Resume() {
@@ -127,7 +130,7 @@ class Watch : public grpc::ServerWriteReactor<v1::WatchMigrationsResponse> {
   int64_t after_ = 0;  // changes up to here are queued or sent
   std::deque<v1::WatchMigrationsResponse> queue_;
   v1::WatchMigrationsResponse current_;
-  bool writing_ = false;
+  bool writing_ = false;   // a message, or the headers
   bool ended_ = false;     // status_ says how
   bool finished_ = false;  // Finish was called
   absl::Status status_;

@@ -168,6 +168,7 @@ class FakeBatond::MigrationsService : public v1::Migrations::Service {
     }
     ++f_->watches_;
     f_->changed_.notify_all();
+    writer->SendInitialMetadata();
     auto wanted = [&](const v1::Migration& m) {
       return request->name().empty() || m.name() == request->name();
     };

@@ -161,6 +161,18 @@ TEST_F(CtlTest, Watch_ServerRestarts_NoGapAndNothingTwice) {
   }
 }
 
+TEST_F(CtlTest, Watch_ServerIsBack_SaysSoBeforeTheNextChange) {
+  batond_->PutMigration(ExampleMigration("m1", v1::PRECOPY));
+  auto ctl = StartPiped({"watch", "migration", "m1"});
+  ASSERT_TRUE(ctl->ReadUntil("PRECOPY"));
+  batond_->Stop();
+  ASSERT_TRUE(ctl->ReadErrorUntil("trying again"));
+  batond_->Start();
+  EXPECT_TRUE(ctl->ReadErrorUntil("connected again"));
+  batond_->PutMigration(ExampleMigration("m1", v1::SUCCEEDED));
+  EXPECT_EQ(ctl->Wait(), 0) << ctl->err();
+}
+
 TEST_F(CtlTest, WatchAll_ServerRestarts_EveryRevisionOnce) {
   batond_->RepeatOnResume();
   batond_->PutMigration(ExampleMigration("m1", v1::PREPARING));
@@ -172,6 +184,7 @@ TEST_F(CtlTest, WatchAll_ServerRestarts_EveryRevisionOnce) {
   batond_->PutMigration(ExampleMigration("m2", v1::QUEUED));
   batond_->Start();
   ASSERT_TRUE(batond_->WaitForWatches(2));
+  ASSERT_TRUE(ctl->ReadErrorUntil("connected again"));
   batond_->PutMigration(ExampleMigration("m2", v1::PREPARING));
   ASSERT_TRUE(ctl->ReadUntil("\"revision\":\"4\""));
   ctl->Signal(SIGINT);
