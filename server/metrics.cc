@@ -64,8 +64,10 @@ ServerMetrics::ServerMetrics()
   sessions = &Counter(r, "baton_agent_sessions_total", "Agent sessions begun");
   sessions_lost = &Counter(r, "baton_agent_sessions_lost_total",
                            "Agent sessions that ended; many mean network trouble or restarting agents");
+  stale_copies = &Gauge(r, "baton_stale_copies",
+                        "VMs that a host runs although another one owns them; each one needs an operator");
   stale_owners = &Counter(r, "baton_stale_owner_claims_total",
-                          "Claims to own a VM that the record contradicts; each one needs an operator");
+                          "Reports of VMs that run although another host owns them");
   store_errors =
       &Counter(r, "baton_store_errors_total", "Writes that the store refused, usually for a full disk");
   store_commit_seconds =

@@ -34,6 +34,7 @@ class ServerMetrics {
   prometheus::Gauge* hosts_known;
   prometheus::Gauge* vms_known;
   prometheus::Gauge* watches;
+  prometheus::Gauge* stale_copies;
   prometheus::Counter* sessions;
   prometheus::Counter* sessions_lost;
   prometheus::Counter* stale_owners;

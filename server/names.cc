@@ -21,6 +21,12 @@ absl::StatusOr<std::string> ParseName(const std::string& name, const std::string
   return name.substr(collection.size() + 1);
 }
 
+absl::Status NoSuch(const std::string& collection, const std::string& id) {
+  std::string name = fmt::format("{}/{}", collection, id);
+  return WithResource(Error(v1::NOT_FOUND, absl::StatusCode::kNotFound, "{} does not exist", name),
+                      collection, name);
+}
+
 namespace {
 std::vector<uint8_t> RandomBytes(int count) {
   std::vector<uint8_t> bytes(count);

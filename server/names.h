@@ -13,6 +13,8 @@ std::string IdOf(const std::string& name);
 // id.
 absl::StatusOr<std::string> ParseName(const std::string& name, const std::string& collection,
                                       const std::string& field);
+// NOT_FOUND for "collection/id".
+absl::Status NoSuch(const std::string& collection, const std::string& id);
 
 // A new migration id: ids sort by the time they were made.
 std::string NewMigrationId(int64_t unix_ms);

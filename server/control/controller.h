@@ -84,6 +84,7 @@ class Controller : public FleetObserver {
   };
   struct DryRun;
 
+  static absl::StatusOr<v1::Migration> FromValue(const std::string& value, int64_t revision);
   Now Time() const;
   // Applies an event; what follows from it is done once it is stored. A store that fails is tried again.
   void Apply(Entry& entry, const Event& event, bool may_wait = false);

@@ -22,12 +22,6 @@ v1::Policy FromItem(const Item& item) {
   return policy;
 }
 
-absl::Status NotThere(const std::string& id) {
-  std::string name = "policies/" + id;
-  return WithResource(Error(v1::NOT_FOUND, absl::StatusCode::kNotFound, "{} does not exist", name),
-                      "policies", name);
-}
-
 absl::Status Stale(const std::string& id) {
   return WithResource(
       Error(absl::StatusCode::kAborted,
@@ -158,7 +152,7 @@ absl::StatusOr<v1::Policy> Policies::Create(const v1::CreatePolicyRequest& reque
 
 absl::StatusOr<v1::Policy> Policies::Get(const std::string& id) {
   auto item = store_.Get("policies/" + id);
-  if (item.status().code() == absl::StatusCode::kNotFound) return NotThere(id);
+  if (item.status().code() == absl::StatusCode::kNotFound) return NoSuch("policies", id);
   RETURN_IF_ERROR(item.status());
   return FromItem(*item);
 }

@@ -89,12 +89,15 @@ class Fleet {
   absl::StatusOr<v1::Vm> GetVm(const std::string& id) const;
   // `host` empty: of every host.
   std::vector<v1::Vm> ListVms(const std::string& host, const std::string& after, size_t limit) const;
-  // OK or why the VM's owner is not known to be the recorded one.
   const VmRecord* FindVm(const std::string& id) const;
 
   using VmCallback = std::function<void(absl::StatusOr<v1::Vm>)>;
   void StartVm(const std::string& host, const v1::VmSpec& spec, VmCallback callback);
   void StopVm(const std::string& vm, bool force, std::function<void(absl::Status)> callback);
+
+  // OK, or why nothing may be done with the VM: a host that is not its owner runs a copy of it
+  // (docs/decisions/0008-stale-owners.md).
+  absl::Status CheckNoStaleCopy(const std::string& vm) const;
 
   // The record of ownership follows a handover or a fencing.
   absl::Status SetOwner(const std::string& vm, const std::string& host, uint64_t epoch);
@@ -115,6 +118,8 @@ class Fleet {
   struct VmEntry {
     VmRecord record;
     bool starting = false;  // a StartVm is under way
+    // Hosts (full names) that say that they run it although the record contradicts, with their claims.
+    std::map<std::string, v1::Vm> stale;
   };
   struct Console {
     std::string host;
@@ -125,7 +130,10 @@ class Fleet {
   void ArmHeartbeat(const std::shared_ptr<Session>& session);
   void OnResult(Session& session, const v1::CommandResult& result);
   void TakeVm(HostEntry& host, const v1::Vm& vm);
+  void SetStale(const std::string& id, VmEntry& entry, const v1::Vm& claim, bool is_void);
+  void ClearStale(const std::string& id, const std::string& host);
   void DropVm(HostEntry& host, const std::string& id, const std::string& message);
+  void Forget(const std::string& id);
   v1::Vm View(const std::string& id, const VmEntry& entry) const;
   v1::Host View(const HostEntry& host) const;
   absl::Status Save(const std::string& id, VmEntry& entry, VmRecord record);

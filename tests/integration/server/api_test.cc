@@ -269,7 +269,32 @@ TEST_F(ApiTest, AStaleOwnerIsRefused) {
   b_->AddVm("web1", 4);
   b_->AddVm("other", 1);
   while (!api_->GetVm("other").ok()) std::this_thread::yield();
-  EXPECT_EQ(api_->GetVm("web1")->host(), "hosts/a");
+  v1::Vm owned = *api_->GetVm("web1");
+  EXPECT_EQ(owned.host(), "hosts/a");
+  EXPECT_NE(owned.message().find("runs at hosts/b as well, at epoch 4"), std::string::npos)
+      << owned.message();
+  // Until that copy is ended, nothing is begun with the VM: neither here nor there, not even on trial.
+  for (const absl::Status& refused :
+       {api_->Create("web1", "b").status(), api_->Create("web1", "b", "", true).status(),
+        StartVm("b", Spec("web1")).status(), StartVm("a", Spec("web1")).status()}) {
+    EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition) << refused;
+    EXPECT_EQ(ReasonOf(refused), v1::VM_NOT_MIGRATABLE);
+    EXPECT_NE(Message(refused).find("end the copy at hosts/b first"), std::string::npos) << refused;
+  }
+  EXPECT_EQ(b_->CommandCount(Kind::kStartVm) + a_->CommandCount(Kind::kInspectVm), 0);
+  b_->RemoveVm("web1");
+  while (!api_->GetVm("web1")->message().empty()) std::this_thread::yield();
+  // A session that comes back without it says the same.
+  b_->AddVm("web1", 4);
+  while (api_->GetVm("web1")->message().empty()) std::this_thread::yield();
+  b_->Pause();
+  while (api_->GetHost("b")->connected()) std::this_thread::yield();
+  EXPECT_FALSE(api_->GetVm("web1")->message().empty());
+  b_->RemoveVm("web1");
+  b_->Resume();
+  ASSERT_TRUE(b_->AwaitSession(2));
+  EXPECT_EQ(api_->GetVm("web1")->message(), "");
+  EXPECT_TRUE(api_->Create("web1", "b", "", true).ok());
   b_->AddVm("web1", 6);
   while (api_->GetVm("web1")->epoch() != 6) std::this_thread::yield();
   EXPECT_EQ(api_->GetVm("web1")->host(), "hosts/b");
@@ -282,6 +307,8 @@ TEST_F(ApiTest, VmsStartOnceAndStop) {
   EXPECT_EQ(vm->host(), "hosts/a");
   ASSERT_TRUE(StartVm("a", Spec("db1")).ok());
   EXPECT_EQ(a_->CommandCount(Kind::kStartVm), 1);
+  // It runs, but not where it was asked for.
+  EXPECT_EQ(StartVm("b", Spec("db1")).status().code(), absl::StatusCode::kAlreadyExists);
   v1::VmSpec other = Spec("db1");
   other.set_vcpus(2);
   EXPECT_EQ(StartVm("b", other).status().code(), absl::StatusCode::kAlreadyExists);
@@ -321,6 +348,30 @@ TEST_F(ApiTest, AHostWithoutSessionKeepsItsVmsAsUnreachable) {
   EXPECT_EQ(api_->GetVm("web1")->state(), v1::Vm::RUNNING);
   a_->RemoveVm("web1");
   while (api_->GetVm("web1").ok()) std::this_thread::yield();
+}
+
+// An agent that hangs, or whose host was cut off without a word: its stream stays open and nothing comes.
+class SilentAgentTest : public ApiTest {
+ protected:
+  void SetUp() override {
+    batond_.set_heartbeat("2s");
+    Boot();
+  }
+};
+
+TEST_F(SilentAgentTest, IsMarkedUnreachableAndTakenBackAtItsNextWord) {
+  ASSERT_EQ(api_->GetVm("web1")->state(), v1::Vm::RUNNING);
+  a_->Hang();
+  while (api_->GetHost("a")->connected()) std::this_thread::yield();
+  EXPECT_EQ(api_->GetVm("web1")->state(), v1::Vm::HOST_UNREACHABLE);
+  EXPECT_EQ(ReasonOf(api_->Create("web1", "b").status()), v1::AGENT_UNREACHABLE);
+  // The other one kept talking.
+  EXPECT_TRUE(api_->GetHost("b")->connected());
+  while (a_->last_status().ok()) std::this_thread::yield();
+  EXPECT_EQ(a_->last_status().error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  a_->Wake();
+  while (!api_->GetHost("a")->connected()) std::this_thread::yield();
+  EXPECT_EQ(api_->GetVm("web1")->state(), v1::Vm::RUNNING);
 }
 
 TEST_F(ApiTest, ANewerSessionReplacesTheOldOne) {
@@ -453,6 +504,28 @@ TEST_F(ApiTest, DrainsAnswerUnimplemented) {
   v1::ListDrainsRequest list;
   EXPECT_EQ(api_->Call(*stub, &v1::Drains::Stub::ListDrains, list).status().code(),
             absl::StatusCode::kUnimplemented);
+}
+
+TEST_F(ApiTest, WatchSaysThatItIsOpenBeforeAnythingChanges) {
+  // What `batonctl watch` says "connected again" by.
+  auto created = api_->Create("web1", "b");
+  ASSERT_TRUE(created.ok());
+  ASSERT_TRUE(api_->Cancel(created->name()).ok());
+  v1::Migration end = AwaitEnd(created->name());
+  batond_.Restart();
+  grpc::ClientContext context;
+  context.set_wait_for_ready(true);
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
+  v1::WatchMigrationsRequest request;
+  request.set_start_revision(end.revision());
+  auto reader = api_->migrations().WatchMigrations(&context, request);
+  reader->WaitForInitialMetadata();
+  context.TryCancel();
+  v1::WatchMigrationsResponse response;
+  while (reader->Read(&response)) {
+  }
+  // Not the deadline.
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
 }
 
 TEST_F(ApiTest, WatchBeginsWithThePresentAndRefusesWhatIsGone) {

@@ -36,6 +36,8 @@ class BatondHarness {
 
   // Words put before batond's own command line, for a shell or namespace around it.
   void set_wrapper(std::vector<std::string> wrapper) { wrapper_ = std::move(wrapper); }
+  // A session is lost after three times this.
+  void set_heartbeat(std::string heartbeat) { heartbeat_ = std::move(heartbeat); }
   // For the harness's own channels.
   void set_tls(TlsFiles files, std::string server_name) {
     tls_ = std::move(files);
@@ -47,7 +49,7 @@ class BatondHarness {
   absl::Status Start() {
     SpawnOptions options;
     options.argv = {BATOND_PATH,  "--listen", "unix:" + socket(), "--metrics", "off",
-                    "--data-dir", data(),     "--heartbeat",      "60s"};
+                    "--data-dir", data(),     "--heartbeat",      heartbeat_};
     options.argv.insert(options.argv.begin(), wrapper_.begin(), wrapper_.end());
     options.argv.insert(options.argv.end(), extra_.begin(), extra_.end());
     options.stderr_fd = 2;
@@ -95,6 +97,7 @@ class BatondHarness {
   std::string dir_;
   std::vector<std::string> extra_;
   std::vector<std::string> wrapper_;
+  std::string heartbeat_ = "60s";
   TlsFiles tls_;
   std::string server_name_;
   std::unique_ptr<Process> process_;

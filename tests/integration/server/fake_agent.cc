@@ -19,7 +19,7 @@ void FakeAgent::Run() {
   while (true) {
     {
       std::unique_lock lock(mutex_);
-      changed_.wait(lock, [&] { return stopping_ || !paused_; });
+      changed_.wait(lock, [&] { return stopping_ || !(paused_ || hanging_); });
       if (stopping_) return;
     }
     // A back-off that ends when the channel is ready or the test is over.
@@ -47,10 +47,16 @@ void FakeAgent::RunSession() {
     stream->Write(hello);
     stream_ = stream.get();
   }
+  std::thread heartbeats;
   v1::ServerMessage message;
   while (stream->Read(&message)) {
     switch (message.body_case()) {
       case v1::ServerMessage::kWelcome: {
+        const auto& interval = message.welcome().heartbeat_interval();
+        heartbeats =
+            std::thread(&FakeAgent::Heartbeats, this,
+                        std::chrono::seconds(interval.seconds()) + std::chrono::nanoseconds(interval.nanos()),
+                        stream.get());
         std::lock_guard lock(mutex_);
         ++sessions_;
         break;
@@ -77,13 +83,28 @@ void FakeAgent::RunSession() {
     }
     changed_.notify_all();
   }
+  {
+    std::lock_guard lock(mutex_);
+    stream_ = nullptr;
+  }
+  changed_.notify_all();
+  if (heartbeats.joinable()) heartbeats.join();
   std::lock_guard lock(mutex_);
-  stream_ = nullptr;
   context_ = nullptr;
   // What was held in a session can never be answered in another.
   held_.clear();
   last_status_ = stream->Finish();
   changed_.notify_all();
+}
+
+void FakeAgent::Heartbeats(Duration interval, const Stream* stream) {
+  std::unique_lock lock(mutex_);
+  v1::AgentMessage message;
+  message.mutable_heartbeat();
+  // Twice as often as asked for, so that a busy machine does not make it look dead.
+  while (!changed_.wait_for(lock, interval / 2, [&] { return stream_ != stream; })) {
+    if (!hanging_) Send(message);
+  }
 }
 
 v1::Vm FakeAgent::MakeVm(const std::string& id) const { return vms_.at(id); }
@@ -255,6 +276,19 @@ void FakeAgent::Pause() {
   paused_ = true;
   if (context_) context_->TryCancel();
   changed_.wait(lock, [&] { return stream_ == nullptr; });
+}
+
+void FakeAgent::Hang() {
+  std::lock_guard lock(mutex_);
+  hanging_ = true;
+}
+
+void FakeAgent::Wake() {
+  {
+    std::lock_guard lock(mutex_);
+    hanging_ = false;
+  }
+  changed_.notify_all();
 }
 
 void FakeAgent::Resume() {

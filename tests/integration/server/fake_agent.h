@@ -42,6 +42,9 @@ class FakeAgent {
   // The agent goes away (its host's model stays) and comes back.
   void Pause();
   void Resume();
+  // The agent hangs: its stream stays open, nothing is said or dialled any more.
+  void Hang();
+  void Wake();
 
   // Sends a report and keeps it for the next Hello until it is acknowledged (if done). Sets the sequence.
   void Report(v1::SideReport report);
@@ -61,6 +64,7 @@ class FakeAgent {
   using Stream = grpc::ClientReaderWriter<v1::AgentMessage, v1::ServerMessage>;
   void Run();
   void RunSession();
+  void Heartbeats(Duration interval, const Stream* stream);
   void OnCommand(const v1::Command& command);
   v1::CommandResult Carry(const v1::Command& command);  // with mutex_
   void Send(const v1::AgentMessage& message);           // with mutex_
@@ -88,7 +92,7 @@ class FakeAgent {
   uint64_t start_counter_ = 1;
   int sessions_ = 0;
   grpc::Status last_status_;
-  bool paused_ = false, stopping_ = false;
+  bool paused_ = false, hanging_ = false, stopping_ = false;
   grpc::ClientContext* context_ = nullptr;
   Stream* stream_ = nullptr;
   std::thread thread_;
