@@ -282,7 +282,14 @@ absl::StatusOr<ProcessId> SpawnDetached(const SpawnOptions& options) {
   return id;
 }
 
-absl::StatusOr<uint64_t> ProcessStartTime(pid_t pid) {
+namespace {
+
+struct StatLine {
+  char state = 0;
+  uint64_t start_time = 0;
+};
+
+absl::StatusOr<StatLine> ReadStat(pid_t pid) {
   auto stat = ReadFileLimited(fmt::format("/proc/{}/stat", pid), 65536);
   if (!stat.ok()) return Error(absl::StatusCode::kNotFound, "no process {}", pid);
   // The second field is the name in parentheses and may itself contain any character: count from the last
@@ -290,32 +297,46 @@ absl::StatusOr<uint64_t> ProcessStartTime(pid_t pid) {
   size_t at = stat->rfind(')');
   if (at == std::string::npos || at + 2 >= stat->size())
     return absl::InternalError("unreadable /proc/PID/stat");
-  if ((*stat)[at + 2] == 'Z' || (*stat)[at + 2] == 'X')
-    return Error(absl::StatusCode::kNotFound, "process {} has ended", pid);
-  // Field 3 follows the name; field 22 is 19 further.
   at += 2;
+  StatLine line;
+  line.state = (*stat)[at];
+  // Field 3 follows the name; field 22 is 19 further.
   for (int field = 3; field < 22; ++field) {
     at = stat->find(' ', at);
     if (at == std::string::npos) return absl::InternalError("short /proc/PID/stat");
     ++at;
   }
-  return std::strtoull(stat->c_str() + at, nullptr, 10);
+  line.start_time = std::strtoull(stat->c_str() + at, nullptr, 10);
+  return line;
+}
+
+}  // namespace
+
+absl::StatusOr<uint64_t> ProcessStartTime(pid_t pid) {
+  ASSIGN_OR_RETURN(StatLine line, ReadStat(pid));
+  if (line.state == 'Z' || line.state == 'X')
+    return Error(absl::StatusCode::kNotFound, "process {} has ended", pid);
+  return line.start_time;
 }
 
 absl::StatusOr<UniqueFd> OpenPidfd(const ProcessId& id) {
   if (id.pid <= 0) return Error(absl::StatusCode::kNotFound, "no process {}", id.pid);
   UniqueFd fd(::pidfd_open(id.pid, 0));
   if (!fd) return ErrnoError(errno, fmt::format("process {}", id.pid));
-  // Read after the open: if it is the right one now, the pidfd is too.
-  ASSIGN_OR_RETURN(uint64_t start, ProcessStartTime(id.pid));
-  if (start != id.start_time)
+  // Read after the open: if it is the right one now, the pidfd is too. Its state says too little: a process
+  // whose first thread has ended is a zombie there while other threads still hold its files and locks; only
+  // the pidfd tells when all have ended.
+  ASSIGN_OR_RETURN(StatLine line, ReadStat(id.pid));
+  if (line.start_time != id.start_time)
     return Error(absl::StatusCode::kNotFound, "pid {} belongs to another process now", id.pid);
   return fd;
 }
 
 bool ProcessAlive(const ProcessId& id) {
-  auto start = id.pid > 0 ? ProcessStartTime(id.pid) : absl::NotFoundError("");
-  return start.ok() && *start == id.start_time;
+  auto fd = OpenPidfd(id);
+  if (!fd.ok()) return false;
+  pollfd poll{fd->get(), POLLIN, 0};
+  return ::poll(&poll, 1, 0) == 0;
 }
 
 absl::Status WaitPidfd(int pidfd, Deadline deadline) {

@@ -87,7 +87,8 @@ absl::StatusOr<ProcessId> SpawnDetached(const SpawnOptions& options);
 
 // Start time of a running process; NotFound if there is none (zombies count as none).
 absl::StatusOr<uint64_t> ProcessStartTime(pid_t pid);
-// A pidfd for exactly that process; NotFound if it has ended, also if its pid has been given to another.
+// A pidfd for exactly that process; NotFound if it is gone, also if its pid has been given to another. One
+// that has ended but was not reaped still has a pidfd, which is readable at once.
 absl::StatusOr<UniqueFd> OpenPidfd(const ProcessId& id);
 // True while exactly that process runs.
 bool ProcessAlive(const ProcessId& id);

@@ -1,7 +1,9 @@
 #include "agent/migration/journal.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/file.h>
+#include <sys/inotify.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include <xxhash.h>
@@ -148,16 +150,36 @@ absl::Status SyncDirectoryOf(const std::string& path) {
   return absl::OkStatus();
 }
 
+// A process that was killed keeps its locks until the last of its threads has closed its files.
+absl::Status Lock(int fd, const std::string& path, Deadline deadline) {
+  UniqueFd watch;
+  while (::flock(fd, LOCK_EX | LOCK_NB) != 0) {
+    if (errno == EINTR) continue;
+    if (errno != EWOULDBLOCK) return WriteFailed(errno, path, "lock");
+    if (deadline.Expired())
+      return Error(absl::StatusCode::kFailedPrecondition, "journal {} is in use by another process", path);
+    if (!watch) {
+      watch.reset(::inotify_init1(IN_CLOEXEC | IN_NONBLOCK));
+      if (!watch || ::inotify_add_watch(watch.get(), path.c_str(), IN_CLOSE_WRITE) < 0)
+        return WriteFailed(errno, path, "watch");
+      continue;  // it may have been closed just before
+    }
+    // The kernel tells of the close a moment before it lets go of the lock (__fput), hence the short bound.
+    pollfd poll{watch.get(), POLLIN, 0};
+    (void)::poll(&poll, 1, deadline.Min(Deadline::After(std::chrono::milliseconds(20))).PollTimeoutMs());
+    char events[4096];
+    while (::read(watch.get(), events, sizeof events) > 0) {
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Journal>> Journal::Open(const std::string& path) {
+absl::StatusOr<std::unique_ptr<Journal>> Journal::Open(const std::string& path, Deadline deadline) {
   UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
   if (!fd) return WriteFailed(errno, path, "open");
-  if (::flock(fd.get(), LOCK_EX | LOCK_NB) != 0) {
-    if (errno == EWOULDBLOCK)
-      return Error(absl::StatusCode::kFailedPrecondition, "journal {} is in use by another process", path);
-    return WriteFailed(errno, path, "lock");
-  }
+  RETURN_IF_ERROR(Lock(fd.get(), path, deadline));
   ASSIGN_OR_RETURN(std::string bytes, ReadAll(fd.get(), path));
   ASSIGN_OR_RETURN(Parsed parsed, Parse(path, bytes));
   std::unique_ptr<Journal> journal(new Journal(path, std::move(fd)));

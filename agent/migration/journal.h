@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "agent/migration/handover.h"
+#include "common/clock.h"
 #include "common/fd.h"
 #include "common/status.h"
 
@@ -45,9 +46,11 @@ class Journal final : public RecordLog {
   static constexpr size_t kMaxMigrationId = 400;
 
   // Opens the journal at `path`, or creates it (file and directory entry durable on return); locks it against
-  // other processes for the life of the object (FailedPrecondition if one holds it); drops a torn tail.
-  // Errors: STATE_WRITE_FAILED if it cannot be created, locked or written; DataLoss if it is corrupt.
-  static absl::StatusOr<std::unique_ptr<Journal>> Open(const std::string& path);
+  // other processes for the life of the object, waiting for one that holds it until the deadline; drops a
+  // torn tail. Errors: FailedPrecondition if another process keeps it; STATE_WRITE_FAILED if it cannot be
+  // created, locked or written; DataLoss if it is corrupt.
+  static absl::StatusOr<std::unique_ptr<Journal>> Open(const std::string& path,
+                                                       Deadline deadline = Deadline::After(Duration(0)));
   // The records of the journal at `path`, without lock and without changing anything. NotFound if there is
   // none, DataLoss if it is corrupt.
   static absl::StatusOr<std::vector<JournalRecord>> Read(const std::string& path);

@@ -2,6 +2,7 @@
 
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 
 #include <cerrno>
 #include <utility>
@@ -62,7 +63,13 @@ absl::StatusOr<v1::ShimReply> ControlClient::Call(v1::ShimRequest request, Deadl
     pending.done.wait_until(lock, deadline.when(), [&] { return pending.reply || pending.broken; });
   }
   calls_.erase(id);
-  if (!sent.ok()) return Annotate(sent, "request to the shim");
+  if (!sent.ok()) {
+    // A request that went out in part makes the stream useless; the reader learns of it by the shutdown.
+    if (broken_.ok())
+      broken_ = Error(absl::StatusCode::kUnavailable, "connection to the shim: {}", Message(sent));
+    (void)::shutdown(socket_.fd(), SHUT_RDWR);
+    return Annotate(sent, "request to the shim");
+  }
   // An answer that came before the end counts: a shim that stops its VM answers and leaves.
   if (!pending.reply && pending.broken)
     return broken_.ok() ? absl::UnavailableError("the connection to the shim is closed") : broken_;

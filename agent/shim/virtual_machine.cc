@@ -22,6 +22,9 @@ constexpr Duration kBackendConnect = seconds(5);
 // How long QEMU may take to come back to the devices of a shim that takes over.
 constexpr Duration kVmmReconnect = seconds(5);
 
+// A shim that was killed a moment ago may still be about to end.
+constexpr Duration kFormerShimEnds = seconds(3);
+
 absl::Status StartFailed(const absl::Status& status, v1::Reason reason) {
   return ReasonOf(status, v1::REASON_UNSPECIFIED) == v1::REASON_UNSPECIFIED ? WithReason(status, reason)
                                                                             : status;
@@ -56,7 +59,8 @@ VirtualMachine::~VirtualMachine() {
 }
 
 absl::Status VirtualMachine::OpenJournal() {
-  ASSIGN_OR_RETURN(journal_, migration::Journal::Open(config_.Get().state_dir() + "/journal"));
+  ASSIGN_OR_RETURN(journal_, migration::Journal::Open(config_.Get().state_dir() + "/journal",
+                                                      Deadline::After(kFormerShimEnds)));
   if (journal_->dropped_bytes() > 0) {
     LOG_WARN("journal: dropped {} bytes of a write that was never finished", journal_->dropped_bytes());
   }

@@ -3,11 +3,18 @@
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+#include <thread>
 
 namespace baton {
 namespace {
@@ -169,6 +176,41 @@ TEST(Process, DetachedIsNobodysChild) {
   EXPECT_TRUE(KillProcess(*id, Soon()).ok());
   EXPECT_FALSE(ProcessAlive(*id));
   EXPECT_TRUE(KillProcess(*id, Soon()).ok());
+}
+
+TEST(Process, RunsUntilItsLastThreadHasEnded) {
+  // A process whose first thread has ended is a zombie to /proc while others hold its files and locks.
+  int fds[2];
+  ASSERT_EQ(::pipe2(fds, O_CLOEXEC), 0);
+  UniqueFd held(fds[0]), holder(fds[1]);
+  pid_t pid = ::fork();
+  ASSERT_GE(pid, 0);
+  if (pid == 0) {
+    held.reset();
+    std::thread([] { ::pause(); }).detach();
+    ::syscall(SYS_exit, 0);  // this thread only
+  }
+  holder.reset();
+  // State and the fields behind it, proc(5).
+  auto stat = [&] {
+    std::ifstream file(fmt::format("/proc/{}/stat", pid));
+    std::string text((std::istreambuf_iterator<char>(file)), {});
+    std::istringstream rest(text.substr(text.rfind(')') + 2));
+    return std::vector<std::string>(std::istream_iterator<std::string>(rest), {});
+  };
+  for (Deadline wait = Soon(); !wait.Expired() && stat()[0] != "Z";) ::sched_yield();
+  EXPECT_EQ(stat()[0], "Z");
+  ProcessId id{pid, std::stoull(stat()[19])};
+  EXPECT_TRUE(ProcessAlive(id));
+  auto pidfd = OpenPidfd(id);
+  ASSERT_TRUE(pidfd.ok()) << pidfd.status();
+  EXPECT_FALSE(WaitPidfd(pidfd->get(), Deadline::After(milliseconds(10))).ok());
+  EXPECT_TRUE(KillProcess(id, Soon()).ok());
+  EXPECT_FALSE(ProcessAlive(id));
+  // What it held is free.
+  pollfd poll{held.get(), POLLIN, 0};
+  EXPECT_EQ(::poll(&poll, 1, 0), 1);
+  EXPECT_EQ(::waitpid(pid, nullptr, 0), pid);
 }
 
 }  // namespace

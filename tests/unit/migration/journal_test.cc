@@ -9,6 +9,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <thread>
 
 namespace baton::migration {
 namespace {
@@ -59,6 +60,20 @@ TEST_F(JournalTest, SecondOpenerIsTurnedAway) {
   EXPECT_EQ(Journal::Open(path_).status().code(), absl::StatusCode::kFailedPrecondition);
   journal->reset();
   EXPECT_TRUE(Journal::Open(path_).ok());
+}
+
+TEST_F(JournalTest, OpenerWithTimeWaitsForTheHolder) {
+  auto journal = Journal::Open(path_);
+  ASSERT_TRUE(journal.ok());
+  EXPECT_EQ(Journal::Open(path_, Deadline::After(std::chrono::milliseconds(50))).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+  std::thread holder([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    journal->reset();
+  });
+  auto next = Journal::Open(path_, Deadline::After(std::chrono::seconds(60)));
+  EXPECT_TRUE(next.ok()) << next.status();
+  holder.join();
 }
 
 TEST_F(JournalTest, TornTailIsDroppedAtEveryLength) {
