@@ -140,7 +140,10 @@ absl::StatusOr<v1::Prepared> VmManager::PrepareLocked(const EntryPtr& entry,
     if (!here.message().empty()) facts.vm_in_use += ", " + here.message();
   }
   std::vector<v1::Finding> findings = CheckDestination(command.source(), command.params(), facts);
-  std::vector<v1::ResolvedDevice> devices = ResolveDevices(command, &findings, deadline);
+  // A VM of that name has its back-ends here already; a hook must not be asked for them, let alone take them
+  // away.
+  std::vector<v1::ResolvedDevice> devices;
+  if (!conf.has_spec()) devices = ResolveDevices(command, &findings, deadline);
   prepared.mutable_findings()->Add(findings.begin(), findings.end());
   auto release = [&] {
     for (const v1::ResolvedDevice& device : devices)
@@ -214,12 +217,16 @@ absl::Status VmManager::AbortIncoming(const v1::AbortIncomingCommand& command, D
     *request.mutable_abort_incoming() = command;
     // Its exit is expected from here on; what it refuses (it owns the guest) leaves it running.
     entry->set_ending(true);
-    auto reply = entry->Call(request, deadline);
-    if (!reply.ok() && !absl::IsUnavailable(reply.status())) {
+    absl::Status reply = entry->Call(request, deadline).status();
+    // It owns the guest, or is busy: its word. Any other failure is a shim that cannot answer; it is ended
+    // below, and the journal decides.
+    if (absl::IsFailedPrecondition(reply)) {
       entry->set_ending(false);
-      return reply.status();
+      return reply;
     }
-    absl::Status ended = WaitPidfd(pidfd->get(), deadline.Min(Deadline::After(seconds(10))));
+    if (!reply.ok()) LOG_WARN("shim of VM {} does not abort: {}", entry->name(), Message(reply));
+    absl::Status ended =
+        reply.ok() ? WaitPidfd(pidfd->get(), deadline.Min(Deadline::After(seconds(10)))) : absl::OkStatus();
     if (!ended.ok())
       LOG_WARN("shim of VM {} does not end after the abort: {}", entry->name(), Message(ended));
     entry->set_ending(false);

@@ -96,7 +96,7 @@ void VmEntry::Disconnect() {
 
 bool VmEntry::connected() const {
   std::lock_guard lock(mutex_);
-  return client_ != nullptr && !broken_;
+  return client_ != nullptr && !broken_ && !client_->closed();
 }
 
 absl::StatusOr<v1::ShimReply> VmEntry::Call(const v1::ShimRequest& request, Deadline deadline, int fd) const {
@@ -149,6 +149,11 @@ bool VmEntry::ending() const {
   return ending_;
 }
 
+void VmEntry::set_retiring() {
+  std::lock_guard lock(mutex_);
+  retiring_ = true;
+}
+
 void VmEntry::set_removed() {
   std::lock_guard lock(mutex_);
   removed_ = true;
@@ -157,6 +162,16 @@ void VmEntry::set_removed() {
 bool VmEntry::removed() const {
   std::lock_guard lock(mutex_);
   return removed_;
+}
+
+void VmEntry::set_finished(const std::string& migration_id) {
+  std::lock_guard lock(mutex_);
+  finished_ = migration_id;
+}
+
+bool VmEntry::finished(const std::string& migration_id) const {
+  std::lock_guard lock(mutex_);
+  return finished_ == migration_id;
 }
 
 v1::Vm VmEntry::Describe(const std::string& host) const {
@@ -179,7 +194,7 @@ v1::Vm VmEntry::Describe(const std::string& host) const {
 
 bool VmEntry::listed() const {
   std::lock_guard lock(mutex_);
-  if (removed_ || !conf_.has_spec()) return false;
+  if (removed_ || retiring_ || !conf_.has_spec()) return false;
   if (!status_ || !status_->has_report()) return true;
   const v1::SideReport& report = status_->report();
   bool given_away = report.role() == v1::ROLE_SOURCE && report.handover() == v1::RELEASED;

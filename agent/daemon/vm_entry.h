@@ -59,9 +59,16 @@ class VmEntry {
   // The shim's exit is expected; nothing is to be recovered.
   void set_ending(bool ending);
   bool ending() const;
+  // Handed over or refused: not this host's VM any more, only to be removed. Whatever its shim still says, it
+  // is not listed.
+  void set_retiring();
   // No longer in the inventory (set once, under operation()).
   void set_removed();
   bool removed() const;
+
+  // The final report of this side of a migration was heard from the shim.
+  void set_finished(const std::string& migration_id);
+  bool finished(const std::string& migration_id) const;
 
   // As it is told to batond; names are full ("vms/x").
   v1::Vm Describe(const std::string& host) const;
@@ -82,7 +89,9 @@ class VmEntry {
   v1::Vm::State shown_ = v1::Vm::STARTING;
   std::string shown_message_;
   bool ending_ = false;
+  bool retiring_ = false;
   bool removed_ = false;
+  std::string finished_;
 };
 
 // Pids of processes with `argument` among their command line's arguments, or contained in one of them. For

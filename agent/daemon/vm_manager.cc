@@ -119,17 +119,19 @@ void VmManager::OnReport(const EntryPtr& entry, const v1::SideReport& report) {
     if (fresh->done()) parts_.metrics.CountMigration(*fresh);
   }
   if (!report.done()) return;
+  entry->set_finished(report.migration_id());
+  bool given_away = report.role() == v1::ROLE_SOURCE && report.handover() == v1::RELEASED;
+  bool refused = report.role() == v1::ROLE_DESTINATION && report.handover() == v1::REFUSED;
+  if (given_away || refused) entry->set_retiring();
   // The shim may forget it now, and may have to go altogether. Not from here: this is the client's own
   // thread.
-  parts_.tasks.Post([this, entry, report] {
+  parts_.tasks.Post([this, entry, report, given_away, refused] {
     v1::ShimRequest request;
     request.mutable_report_ack()->set_migration_id(report.migration_id());
     request.mutable_report_ack()->set_role(report.role());
     request.mutable_report_ack()->set_sequence(report.sequence());
     auto acknowledged = entry->Call(request, Deadline::After(kAckTimeout));
     if (!acknowledged.ok()) LOG_DEBUG("report not acknowledged: {}", Message(acknowledged.status()));
-    bool given_away = report.role() == v1::ROLE_SOURCE && report.handover() == v1::RELEASED;
-    bool refused = report.role() == v1::ROLE_DESTINATION && report.handover() == v1::REFUSED;
     if (given_away) Retire(entry, "moved to another host");
     if (refused) Retire(entry, "the migration to this host ended: " + report.message());
   });
@@ -194,23 +196,36 @@ absl::StatusOr<v1::Vm> VmManager::StartVm(const v1::StartVmCommand& command, Dea
   RETURN_IF_ERROR(ValidateVmSpec(spec));
   ASSIGN_OR_RETURN(Locked locked, Lock(spec.name(), true, deadline));
   const EntryPtr& entry = locked.entry;
+  uint64_t epoch = 1;
   if (entry->conf().has_spec()) {
     v1::Vm vm = entry->Describe(config_.name);
-    if (vm.state() == v1::Vm::STOPPED) {
-      RETURN_IF_ERROR(Remove(entry, "started anew"));
-      locked.lock.unlock();
-      return StartVm(command, deadline);
+    auto ownership = OwnershipOf(spec.name());
+    // A guest that was given away may run elsewhere; starting it here could make two of it.
+    if (ownership.ok() && ownership->state == migration::Ownership::State::kYielded)
+      return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
+                   "VM {} was given away by host {} in migration {} and may run at its destination; settle "
+                   "that migration first (`batonctl migration resolve {}`)",
+                   spec.name(), config_.name, ownership->migration, ownership->migration);
+    if (vm.state() != v1::Vm::STOPPED && entry->listed()) {
+      if (!SameVm(entry->conf().spec(), spec))
+        return Error(absl::StatusCode::kAlreadyExists, "VM {} exists on host {} with another spec",
+                     spec.name(), config_.name);
+      return vm;
     }
-    if (!SameVm(entry->conf().spec(), spec))
-      return Error(absl::StatusCode::kAlreadyExists, "VM {} exists on host {} with another spec", spec.name(),
-                   config_.name);
-    return vm;
+    RETURN_IF_ERROR(ownership.status());
+    // Whoever knows of the guest that ended knows its epoch: this one is another.
+    epoch = ownership->epoch + 1;
+    RETURN_IF_ERROR(Remove(entry, "started anew"));
+    locked.lock.unlock();
+    ASSIGN_OR_RETURN(locked, Lock(spec.name(), true, deadline));
+    if (entry->conf().has_spec())
+      return Error(absl::StatusCode::kAborted, "VM {} is being started by another command", spec.name());
   }
   auto start = [&]() -> absl::Status {
     ASSIGN_OR_RETURN(bool kvm, ResolveKvm(spec.accelerator()));
     ASSIGN_OR_RETURN(v1::ShimConfig conf, MakeConfig(spec, kvm));
     conf.set_mode(v1::ShimConfig::FRESH);
-    conf.set_epoch(1);
+    conf.set_epoch(epoch);
     for (const v1::DeviceSpec& device : spec.devices()) {
       ASSIGN_OR_RETURN(*conf.add_devices(), parts_.backends.Resolve(spec.name(), device, "", deadline));
       entry->set_conf(conf);  // so that a failure gives back what a hook made
@@ -332,6 +347,10 @@ void VmManager::Retire(const EntryPtr& entry, const std::string& message) {
   entry->set_ending(true);
   auto pidfd = OpenPidfd(entry->shim());
   if (pidfd.ok()) {
+    // Its last report may come before its VMM has ended.
+    (void)entry->AwaitStatus(
+        [](const v1::ShimStatus& status) { return status.vm().state() == v1::Vm::STOPPED; },
+        Deadline::After(seconds(5)));
     v1::ShimRequest request;
     request.mutable_retire();
     absl::Status retired = entry->Call(request, Deadline::After(seconds(5))).status();

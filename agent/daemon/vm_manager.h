@@ -108,7 +108,10 @@ class VmManager {
   void FindAgainOne(const std::string& vm, Deadline deadline);
   // The shim's connection ended: connect again, or recover.
   void OnShimGone(const EntryPtr& entry);
+  void ReconnectOrRecover(const EntryPtr& entry, Deadline deadline);
   void Recover(const EntryPtr& entry);
+  // What the VM's journal says.
+  absl::StatusOr<migration::Ownership> OwnershipOf(const std::string& vm) const;
   void Adopt(const EntryPtr& entry, const migration::Ownership& ownership, int attempt);
   // Gives every migration of the VM that will not report any more its final report; `heard` is the one that
   // the new shim goes on with.

@@ -1,5 +1,7 @@
 // VmManager: finding shims again, and what happens when one ended unasked.
 #include <algorithm>
+#include <atomic>
+#include <thread>
 
 #include "agent/daemon/vm_manager.h"
 #include "agent/migration/journal.h"
@@ -12,15 +14,27 @@ using std::chrono::seconds;
 
 // A shim that was just started by an agent that died, until it listens.
 constexpr Duration kAttachTimeout = seconds(10);
+// From a shim's death until the last of its threads has closed its files.
+constexpr Duration kShimEnds = seconds(5);
 // A new shim reconnects QMP and waits for the VMM to come back to the device sockets (QEMU: every second).
 constexpr Duration kAdoptTimeout = seconds(30);
 constexpr int kMaxAdoptDelaySeconds = 30;
+constexpr size_t kFindAgainThreads = 16;
 
 }  // namespace
 
 absl::Status VmManager::FindAgain(Deadline deadline) {
   ASSIGN_OR_RETURN(std::vector<std::string> names, parts_.store.List());
-  for (const std::string& name : names) FindAgainOne(name, deadline);
+  // Side by side: taking over VMs whose shims ended takes a while each, and others wait for their
+  // connections.
+  std::atomic<size_t> next{0};
+  std::vector<std::thread> workers;
+  for (size_t i = 0; i < std::min<size_t>(names.size(), kFindAgainThreads); ++i) {
+    workers.emplace_back([&] {
+      for (size_t at = next++; at < names.size(); at = next++) FindAgainOne(names[at], deadline);
+    });
+  }
+  for (std::thread& worker : workers) worker.join();
   if (!names.empty()) LOG_INFO("{} VM(s) found again", names.size());
   UpdateGauges();
   return absl::OkStatus();
@@ -54,6 +68,13 @@ void VmManager::FindAgainOne(const std::string& vm, Deadline deadline) {
   absl::Status connected = entry->Connect(CallbacksFor(entry), deadline.Min(Deadline::After(kAttachTimeout)));
   if (connected.ok()) {
     LOG_INFO("shim of VM {} found again (pid {})", vm, shims.front().pid);
+    // The agent before this one may have ended between the shim's last report and the removal.
+    auto ownership = OwnershipOf(vm);
+    if (ownership.ok() && (ownership->state == migration::Ownership::State::kReleased ||
+                           ownership->state == migration::Ownership::State::kRefused)) {
+      entry->set_retiring();
+      parts_.tasks.Post([this, entry] { Retire(entry, "its migration ended"); });
+    }
     return;
   }
   if (!ProcessAlive(entry->shim())) {
@@ -69,10 +90,14 @@ void VmManager::OnShimGone(const EntryPtr& entry) {
   std::lock_guard operation(entry->operation());
   // Stopped or retired on purpose; or a new connection was made while this waited.
   if (entry->removed() || entry->ending() || entry->connected()) return;
+  ReconnectOrRecover(entry, Deadline::After(kAttachTimeout));
+}
+
+void VmManager::ReconnectOrRecover(const EntryPtr& entry, Deadline deadline) {
   // The socket may close a moment before the process is gone.
   if (auto pidfd = OpenPidfd(entry->shim()); pidfd.ok()) {
-    if (!WaitPidfd(pidfd->get(), Deadline::After(seconds(1))).ok()) {
-      absl::Status connected = entry->Connect(CallbacksFor(entry), Deadline::After(kAttachTimeout));
+    if (!WaitPidfd(pidfd->get(), deadline.Min(Deadline::After(seconds(1)))).ok()) {
+      absl::Status connected = entry->Connect(CallbacksFor(entry), deadline);
       if (connected.ok()) return;
       if (ProcessAlive(entry->shim())) {
         LOG_ERROR("the shim of VM {} does not answer: {}", entry->name(), Message(connected));
@@ -85,14 +110,16 @@ void VmManager::OnShimGone(const EntryPtr& entry) {
   Recover(entry);
 }
 
+absl::StatusOr<migration::Ownership> VmManager::OwnershipOf(const std::string& vm) const {
+  ASSIGN_OR_RETURN(std::vector<migration::JournalRecord> records, parts_.store.ReadJournal(vm));
+  return migration::ReplayOwnership(records);
+}
+
 void VmManager::Recover(const EntryPtr& entry) {
   entry->Disconnect();
   // The shim wrote down its VMM's pid.
   auto conf = parts_.store.Read(entry->name());
-  auto records = parts_.store.ReadJournal(entry->name());
-  absl::StatusOr<migration::Ownership> ownership =
-      records.ok() ? migration::ReplayOwnership(*records)
-                   : absl::StatusOr<migration::Ownership>(records.status());
+  auto ownership = OwnershipOf(entry->name());
   if (!conf.ok() || !ownership.ok()) {
     // Who owns the guest cannot be told, so nothing may be started and nothing removed.
     std::string why = Message(conf.ok() ? ownership.status() : conf.status());
@@ -127,7 +154,7 @@ void VmManager::Recover(const EntryPtr& entry) {
         entry->set_shown(v1::Vm::PAUSED,
                          "its shim ended and the refusal cannot be written: " + Message(refused));
         Tell(entry);
-        parts_.tasks.PostAfter(seconds(5), [this, entry] { OnShimGone(entry); });
+        parts_.tasks.PostAfter(seconds(1), [this, entry] { OnShimGone(entry); });
         return;
       }
       break;
@@ -146,7 +173,7 @@ void VmManager::Recover(const EntryPtr& entry) {
 absl::Status VmManager::WriteRefused(const VmEntry& entry, const v1::ShimConfig& conf) {
   // The journal's lock keeps a shim out that somebody may have started meanwhile.
   ASSIGN_OR_RETURN(std::unique_ptr<migration::Journal> journal,
-                   migration::Journal::Open(entry.paths().journal));
+                   migration::Journal::Open(entry.paths().journal, Deadline::After(kShimEnds)));
   migration::JournalRecord record;
   record.kind = migration::JournalRecord::Kind::kRefused;
   record.epoch = conf.source().epoch();
@@ -211,9 +238,7 @@ void VmManager::Adopt(const EntryPtr& entry, const migration::Ownership& ownersh
   parts_.tasks.PostAfter(seconds(delay), [this, entry, attempt] {
     std::lock_guard operation(entry->operation());
     if (entry->removed() || entry->ending() || entry->connected()) return;
-    auto records = parts_.store.ReadJournal(entry->name());
-    auto now = records.ok() ? migration::ReplayOwnership(*records)
-                            : absl::StatusOr<migration::Ownership>(records.status());
+    auto now = OwnershipOf(entry->name());
     auto conf = parts_.store.Read(entry->name());
     bool alive = conf.ok() && ProcessAlive({static_cast<pid_t>(conf->vmm_pid()), conf->vmm_start_time()});
     if (now.ok() && alive && DecideAfterShimDeath(*now, false, true) == ShimDeathAction::kAdopt) {
@@ -228,10 +253,13 @@ void VmManager::FinishOpenReports(const EntryPtr& entry, ShimDeathAction action,
                                   const migration::Ownership& ownership, const v1::SideReport& heard,
                                   bool adopted_running) {
   std::vector<v1::SideReport> open = parts_.reports.OpenOf(entry->name());
-  // A destination whose shim never reported is still owed an answer.
+  // A destination whose shim never gave its final report is still owed one.
   v1::ShimConfig conf = entry->conf();
-  if (!conf.migration_id().empty() && !parts_.reports.Find(conf.migration_id(), v1::ROLE_DESTINATION) &&
-      action != ShimDeathAction::kAdopt && ownership.state != migration::Ownership::State::kOwner) {
+  bool refused =
+      action == ShimDeathAction::kRefuse ||
+      (action == ShimDeathAction::kCleanUp && ownership.state == migration::Ownership::State::kRefused);
+  if (refused && !parts_.reports.Find(conf.migration_id(), v1::ROLE_DESTINATION) &&
+      !entry->finished(conf.migration_id())) {
     v1::SideReport report;
     report.set_migration_id(conf.migration_id());
     report.set_vm(entry->name());
@@ -290,7 +318,7 @@ absl::StatusOr<v1::EndedIncoming> VmManager::Settle(const std::string& migration
       return Error(absl::StatusCode::kDeadlineExceeded, "another operation on VM {} has not ended",
                    (*entry)->name());
     if (!(*entry)->removed()) {
-      if (!(*entry)->connected() && !(*entry)->ending()) Recover(*entry);
+      if (!(*entry)->connected() && !(*entry)->ending()) ReconnectOrRecover(*entry, deadline);
       if (!(*entry)->removed()) {
         ASSIGN_OR_RETURN(auto records, parts_.store.ReadJournal((*entry)->name()));
         migration::JournalVerdict verdict = migration::VerdictOf(records, migration_id);

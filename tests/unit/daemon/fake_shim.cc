@@ -123,6 +123,12 @@ class FakeShim {
       (void)subscriber->Send(event, Deadline::After(std::chrono::seconds(1)));
   }
 
+  void PublishStatus() {
+    v1::ShimReply event;
+    *event.mutable_event_status() = Status();
+    Publish(event);
+  }
+
   void Report(v1::Role role, v1::Phase phase, v1::HandoverState handover, bool done, v1::Reason reason) {
     v1::ShimReply event;
     v1::SideReport* report = event.mutable_event_report();
@@ -144,13 +150,15 @@ class FakeShim {
         return Append(Kind::kYielded, conf_.epoch(), migration_);
       case 2:
         state_ = v1::Vm::RUNNING;
-        return Append(Kind::kOwner, conf_.epoch() + 1, migration_);
+        conf_.set_epoch(conf_.epoch() + 1);
+        return Append(Kind::kOwner, conf_.epoch(), migration_);
       case 3:
         return Report(v1::ROLE_SOURCE, v1::PRECOPY, v1::IDLE, false, v1::REASON_UNSPECIFIED);
       case 4:
         EndVmm();
         Append(Kind::kReleased, conf_.epoch(), migration_);
-        return Report(v1::ROLE_SOURCE, v1::SUCCEEDED, v1::RELEASED, true, v1::NONE);
+        Report(v1::ROLE_SOURCE, v1::SUCCEEDED, v1::RELEASED, true, v1::NONE);
+        return PublishStatus();
       case 5:
         return Report(v1::ROLE_SOURCE, v1::FAILED, v1::IDLE, true, v1::PEER_CONNECTION_FAILED);
       default:

@@ -1,8 +1,10 @@
 // The VMs of a host over fake shims: real processes, files, journals and sockets, no guest.
 #include <gmock/gmock.h>
+#include <signal.h>
 #include <sys/socket.h>
 
 #include "agent/migration/journal.h"
+#include "common/config.h"
 #include "common/unix_socket.h"
 #include "tests/unit/daemon/agent_fixture.h"
 
@@ -192,14 +194,89 @@ TEST_F(VmManagerTest, YieldedSourceGoesOnAskingThroughANewShim) {
   EXPECT_FALSE(agent_->reports().Find("m1", v1::ROLE_SOURCE)->done());
 }
 
+TEST_F(VmManagerTest, YieldedGuestIsNotStartedASecondTime) {
+  ASSERT_TRUE(Start().ok());
+  ASSERT_TRUE(Drive(3, "m1").ok());
+  ASSERT_TRUE(Drive(1, "m1").ok());
+  ProcessId shim = Shim();
+  ASSERT_TRUE(KillProcess(Vmm(), Soon()).ok());
+  ASSERT_TRUE(KillProcess(shim, Soon()).ok());
+  v1::SideReport final = agent_->heard.WaitFinal("m1");
+  EXPECT_EQ(final.handover(), v1::YIELDED);
+  EXPECT_TRUE(final.guest_lost());
+  EXPECT_THAT(Message(Start().status()), HasSubstr("was given away by host a in migration m1"));
+  Restart();
+  EXPECT_THAT(Message(Start().status()), HasSubstr("was given away by host a in migration m1"));
+  EXPECT_TRUE(Stop().ok());
+  ExpectGone();
+}
+
+TEST_F(VmManagerTest, YieldedGuestIsNotSaidToBeStarted) {
+  // As long as its VMM stands still here, too: the answer to "start" must not be "it is there".
+  ASSERT_TRUE(Start().ok());
+  ASSERT_TRUE(Drive(3, "m1").ok());
+  ASSERT_TRUE(Drive(1, "m1").ok());
+  EXPECT_EQ(Start().status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_TRUE(ProcessAlive(Vmm()));
+}
+
+TEST_F(VmManagerTest, GuestStartedAfterALostOneIsANewerOne) {
+  ASSERT_TRUE(Prepare("m1").ok());
+  ASSERT_TRUE(Drive(2, "").ok());  // OWNER of epoch 2
+  ASSERT_TRUE(KillProcess(Vmm(), Soon()).ok());
+  ASSERT_TRUE(KillProcess(Shim(), Soon()).ok());
+  ASSERT_TRUE(agent_->heard.Wait(
+      [&] { return !agent_->heard.vms.empty() && agent_->heard.vms.back().state() == v1::Vm::STOPPED; }));
+  auto vm = Start();
+  ASSERT_TRUE(vm.ok()) << vm.status();
+  // Whoever recorded the lost one at epoch 2 must not take this one for an older copy.
+  EXPECT_EQ(vm->epoch(), 3u);
+}
+
+TEST_F(VmManagerTest, OldMigrationIsNotReportedAsRefused) {
+  // Came in m1, was given away in m2: when everything dies, only m2 has something to say.
+  ASSERT_TRUE(Prepare("m1").ok());
+  ASSERT_TRUE(Drive(2, "").ok());
+  ASSERT_TRUE(Drive(3, "m2").ok());
+  ASSERT_TRUE(Drive(1, "m2").ok());
+  ASSERT_TRUE(KillProcess(Vmm(), Soon()).ok());
+  ASSERT_TRUE(KillProcess(Shim(), Soon()).ok());
+  EXPECT_TRUE(agent_->heard.WaitFinal("m2").guest_lost());
+  EXPECT_FALSE(agent_->reports().Find("m1", v1::ROLE_DESTINATION));
+  for (const auto& report : agent_->heard.reports) EXPECT_EQ(report.migration_id(), "m2");
+}
+
 TEST_F(VmManagerTest, ReleasedVmLeavesNothingBehind) {
   ASSERT_TRUE(Start().ok());
   ASSERT_TRUE(Drive(4, "m1").ok());
   EXPECT_EQ(agent_->heard.WaitFinal("m1").handover(), v1::RELEASED);
   ASSERT_TRUE(agent_->heard.Wait([&] { return !agent_->heard.gone.empty(); }));
   ExpectGone();
+  // It runs elsewhere: nothing says that it stopped here.
+  for (const v1::Vm& vm : agent_->heard.vms) EXPECT_NE(vm.state(), v1::Vm::STOPPED);
   // Kept until batond has it.
   EXPECT_TRUE(agent_->reports().Find("m1", v1::ROLE_SOURCE));
+}
+
+TEST_F(VmManagerTest, AgentKilledBeforeTheRemovalRemovesAtItsNextStart) {
+  ASSERT_TRUE(Start().ok());
+  ProcessId process = Shim();
+  agent_.reset();
+  auto direct = shim::ControlClient::Connect(PathsOf(config_, "vm1").control, {}, Soon());
+  ASSERT_TRUE(direct.ok());
+  for (int step : {1, 4}) {
+    v1::ShimRequest request;
+    request.mutable_retune()->set_migration_id("m1");
+    request.mutable_retune()->set_bandwidth(step);
+    ASSERT_TRUE((*direct)->Call(request, Soon()).ok());
+  }
+  agent_ = std::make_unique<TestAgent>(config_);
+  ASSERT_TRUE(agent_->vms().FindAgain(Soon()).ok());
+  // Not its VM any more from the first moment.
+  EXPECT_TRUE(agent_->vms().Inventory().empty());
+  ASSERT_TRUE(agent_->heard.Wait([&] { return !agent_->heard.gone.empty(); }));
+  ExpectGone();
+  EXPECT_FALSE(ProcessAlive(process));
 }
 
 TEST_F(VmManagerTest, FailedMigrationKeepsTheVm) {
@@ -236,6 +313,44 @@ TEST_F(VmManagerTest, PrepareAndAbort) {
   EXPECT_EQ(Prepare("m1").status().code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_TRUE(Prepare("m2").ok());
   EXPECT_EQ(Only().state(), v1::Vm::INCOMING);
+}
+
+TEST_F(VmManagerTest, HookIsNotAskedForTheBackendsOfALiveVm) {
+  const std::string calls = dir_ + "/calls";
+  config_.backend_hook =
+      BackendHook{{"/bin/sh", "-c", "echo $1 >> " + calls + "; echo /nowhere.sock", "hook"}};
+  ASSERT_TRUE(Start().ok());
+  Restart();
+  v1::VmSpec spec = Spec();
+  v1::DeviceSpec* device = spec.add_devices();
+  device->set_name("disk0");
+  device->set_class_(v1::BLK);
+  for (bool dry : {true, false}) {
+    auto prepared = Prepare("m1", dry, spec);
+    ASSERT_TRUE(prepared.ok()) << prepared.status();
+    ASSERT_EQ(prepared->findings_size(), 1);
+    EXPECT_EQ(prepared->findings(0).code(), "NAME_IN_USE");
+  }
+  EXPECT_NE(::access(calls.c_str(), F_OK), 0);
+  EXPECT_EQ(Only().state(), v1::Vm::RUNNING);
+  // And it is asked for those of another VM, before and after.
+  spec.set_name("vm2");
+  ASSERT_TRUE(Prepare("m2", true, spec).ok());
+  EXPECT_EQ(*ReadFileLimited(calls, 4096), "create\nremove\n");
+}
+
+TEST_F(VmManagerTest, AbortEndsAShimThatCannotAnswer) {
+  ASSERT_TRUE(Prepare("m1").ok());
+  ProcessId shim = Shim();
+  ASSERT_EQ(::kill(shim.pid, SIGSTOP), 0);
+  v1::AbortIncomingCommand abort;
+  abort.set_migration_id("m1");
+  abort.set_vm("vm1");
+  absl::Status aborted = agent_->vms().AbortIncoming(abort, Deadline::After(std::chrono::milliseconds(300)));
+  EXPECT_TRUE(aborted.ok()) << aborted;
+  EXPECT_FALSE(ProcessAlive(shim));
+  EXPECT_EQ(agent_->heard.WaitFinal("m1").handover(), v1::REFUSED);
+  ExpectGone();
 }
 
 TEST_F(VmManagerTest, AbortOfAMigrationThatNeverCameKeepsItOut) {
