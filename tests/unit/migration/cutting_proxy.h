@@ -7,6 +7,7 @@
 #include <poll.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
@@ -56,6 +57,10 @@ class CuttingProxy {
     std::lock_guard lock(mutex_);
     filter_ = std::move(filter);
   }
+  // The first bytes of each memory channel, or the next message of channel 0 in one direction, become ones
+  // that mean nothing. While set, and not for verdict queries.
+  enum class Damage { kNone, kMemory, kToDestination, kToSource };
+  std::atomic<Damage> damage{Damage::kNone};
   // Verdict queries are dropped for now.
   std::atomic<bool> unreachable{false};
 
@@ -96,11 +101,16 @@ class CuttingProxy {
       sockets_.push_back(std::move(client));
       sockets_.push_back(std::move(ours));
       const bool control = preamble->channel == 0 && !query;
-      pumps_.emplace_back([=, this] { Pump(a, b, control, true); });
-      pumps_.emplace_back([=, this] { Pump(b, a, control, false); });
+      const Damage memory = query ? Damage::kNone : Damage::kMemory;
+      pumps_.emplace_back(
+          [=, this] { Pump(a, b, control, true, control ? Damage::kToDestination : memory); });
+      pumps_.emplace_back(
+          [=, this] { Pump(b, a, control, false, control ? Damage::kToSource : Damage::kNone); });
     }
   }
-  void Pump(int from, int to, bool control, bool to_destination) {
+  // `mine`: the damage that would be done here.
+  void Pump(int from, int to, bool control, bool to_destination, Damage mine) {
+    bool first = true;
     std::string pending;
     std::vector<char> buffer(1 << 16);
     const auto pass = [&](const char* data, size_t size) {
@@ -118,6 +128,11 @@ class CuttingProxy {
       const ssize_t n = recv(from, buffer.data(), buffer.size(), MSG_DONTWAIT);
       if (n < 0 && errno == EAGAIN) continue;
       if (n <= 0) break;
+      if (mine != Damage::kNone && damage == mine && first) {
+        std::fill_n(buffer.data(), std::min<ssize_t>(n, 64), '\xff');
+        control = false;  // there are no messages to be found any more
+      }
+      first = false;
       if (!control) {
         if (!pass(buffer.data(), static_cast<size_t>(n))) break;
         continue;

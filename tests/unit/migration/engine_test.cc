@@ -336,6 +336,29 @@ TEST_F(EngineTest, WrongTokenAndWrongEpochAreTurnedAway) {
   EXPECT_EQ(in_->outcome(), IncomingMigration::Outcome::kNone) << "a stranger's connection changes nothing";
 }
 
+// Bytes that mean nothing end the migration that they came in, and nothing else.
+class MalformedTest : public EngineTest, public testing::WithParamInterface<CuttingProxy::Damage> {};
+
+TEST_P(MalformedTest, EndsThatMigrationOnly) {
+  Prepare("m1");
+  StartDestination();
+  proxy_.damage = GetParam();
+  StartSource();
+  EXPECT_EQ(SourceEnd(), OutgoingMigration::Outcome::kResumed);
+  EXPECT_EQ(DestinationEnd(), IncomingMigration::Outcome::kRefused);
+  EXPECT_FALSE(out_->report().message().empty());
+  EXPECT_TRUE(out_->report().reason() == v1::PEER_PROTOCOL_ERROR ||
+              in_->report().reason() == v1::PEER_PROTOCOL_ERROR)
+      << out_->report().ShortDebugString() << in_->report().ShortDebugString();
+  ExpectOneGuest(false);
+  proxy_.damage = CuttingProxy::Damage::kNone;
+  ExpectRetryWorks();
+}
+
+INSTANTIATE_TEST_SUITE_P(Engine, MalformedTest,
+                         testing::Values(CuttingProxy::Damage::kMemory, CuttingProxy::Damage::kToDestination,
+                                         CuttingProxy::Damage::kToSource));
+
 TEST_F(EngineTest, NobodyListens) {
   Prepare("m1");
   proxy_.unreachable = true;
