@@ -2,6 +2,8 @@
 that come and go, and requests that make no sense."""
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 import unittest
@@ -12,9 +14,11 @@ from batonlab.lab import wait_until
 
 
 class Moves(ClusterTest):
+    SMALL_DISKS = True
+
     def test_there_and_back(self):
-        guest = self.have_guest("a")
-        for to in ("b", "a"):
+        guest = self.have_guest()
+        for to in reversed(self.ends()):
             guest.reset()
             migration = self.move(to)
             self.assertEqual(migration["reason"], "NONE")
@@ -30,77 +34,152 @@ class Moves(ClusterTest):
         self.assert_clean()
 
     def test_epoch_grows(self):
-        self.have_guest("a")
+        self.have_guest()
         before = int(self.cluster.vm()["epoch"])
-        self.move("b")
+        self.move(self.ends()[1])
         self.assertEqual(int(self.cluster.vm()["epoch"]), before + 1)
 
     def test_dry_run_changes_nothing(self):
-        self.have_guest("a")
+        self.have_guest()
+        source, destination = self.ends()
         before = self.cluster.get("migrations")["migrations"]
-        result = self.cluster.ctl("migrate", "vm1", "--to", "b", "--dry-run", "-o", "json")
+        result = self.cluster.ctl("migrate", "vm1", "--to", destination, "--dry-run", "-o", "json")
         findings = json.loads(result.stdout).get("findings", [])
         self.assertFalse([f for f in findings if f["severity"] == "BLOCKER"], findings)
         self.assertEqual(self.cluster.get("migrations")["migrations"], before)
-        self.assert_runs_only("a")
+        self.assert_runs_only(source)
 
     def test_dry_run_finds_an_absent_backend(self):
-        self.have_guest("a")
-        storage = self.cluster.agents["b"].storage
+        self.have_guest()
+        source, destination = self.ends()
+        storage = self.cluster.agents[destination].storage
         storage.kill()
         os.unlink(storage.socket)
         try:
-            result = self.cluster.ctl("migrate", "vm1", "--to", "b", "--dry-run", "-o", "json", check=False)
+            result = self.cluster.ctl("migrate", "vm1", "--to", destination, "--dry-run", "-o", "json", check=False)
             self.assertEqual(result.returncode, 10, result.stdout + result.stderr)
             findings = json.loads(result.stdout)["findings"]
             blockers = [f for f in findings if f["severity"] == "BLOCKER"]
             self.assertTrue(blockers and all(f["remedy"] for f in blockers), findings)
             self.assertIn("disk0", json.dumps(blockers))
             # A migration is refused for the same reason, and the next one works.
-            migration = self.cluster.migrate("b")
+            migration = self.cluster.migrate(destination)
             self.assertEqual((migration["phase"], migration["guest_location"]), ("FAILED", "SOURCE"), summary(migration))
-            self.assert_runs_only("a")
+            self.assert_runs_only(source)
         finally:
             storage.start()
-        self.move("b")
+        self.move(destination)
         self.assert_clean()
 
-    def test_cancel(self):
-        self.have_guest("a")
-        source = self.cluster.agents["a"]
-        source.set_pause("precopy")
-        name = self.cluster.migrate("b", wait=False)["name"]
-        wait_until(lambda: source.paused_at("precopy"), "pause point precopy", 60)
+    def check_cancel(self, side, point, end):
+        self.have_guest()
+        source, destination = self.ends()
+        name, waiting = self.start_and_wait_at(side, point)
         self.cluster.ctl("cancel", name.split("/")[1], "--no-wait", check=False)
-        source.release()
+        waiting.release()
         ended = self.cluster.wait_ended(name)
-        self.assertEqual((ended["phase"], ended["guest_location"]), ("CANCELLED", "SOURCE"), summary(ended))
-        self.assertEqual(ended["reason"], "CANCELLED_BY_REQUEST")
-        self.assert_runs_only("a")
-        self.move("b")
+        self.assertEqual((ended["phase"], ended["guest_location"], ended["reason"]), end, summary(ended))
+        stayed = end[0] == "CANCELLED"
+        self.assert_runs_only(source if stayed else destination)
+        self.move(destination if stayed else source)
+        self.assert_clean()
+
+    def test_cancel_in_preparing(self):
+        self.check_cancel("destination", "prepared", ("CANCELLED", "SOURCE", "CANCELLED_BY_REQUEST"))
+
+    def test_cancel_in_precopy(self):
+        self.check_cancel("source", "precopy", ("CANCELLED", "SOURCE", "CANCELLED_BY_REQUEST"))
+
+    def test_cancel_in_switchover(self):
+        self.check_cancel("source", "frozen", ("CANCELLED", "SOURCE", "CANCELLED_BY_REQUEST"))
+
+    def test_cancel_after_the_guest_was_given_away_is_too_late(self):
+        self.check_cancel("source", "yielded", ("SUCCEEDED", "DESTINATION", "NONE"))
+
+    def test_interrupted_batonctl_leaves_the_migration_alone(self):
+        self.have_guest()
+        source, destination = self.ends()
+        waiting = self.cluster.agents[source]
+        waiting.set_pause("precopy")
+        with subprocess.Popen(self.cluster.ctl_command("migrate", "vm1", "--to", destination), text=True,
+                              env=self.lab.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT) as batonctl:
+            try:
+                wait_until(lambda: waiting.paused_at("precopy"), "pause point precopy", 60)
+                batonctl.send_signal(signal.SIGINT)
+                output = batonctl.communicate(timeout=20)[0]
+            finally:
+                batonctl.kill()
+        self.assertEqual(batonctl.returncode, 130, output)
+        self.assertIn("batonctl cancel", output)
+        name = self.cluster.get("migrations", "--vm", "vm1")["migrations"][0]["name"]
+        waiting.release()
+        ended = self.cluster.wait_ended(name)
+        self.assertEqual((ended["phase"], ended["guest_location"]), ("SUCCEEDED", "DESTINATION"), summary(ended))
+        self.assert_runs_only(destination)
+
+    def test_full_disk_at_the_source_refuses_the_migration(self):
+        self.have_guest()
+        self.check_full_disk(self.cluster.host_of(), "STATE_WRITE_FAILED", "No space left on device")
+
+    def test_full_disk_at_the_destination_refuses_the_migration(self):
+        self.have_guest()
+        self.check_full_disk(self.ends()[1], "VALIDATION_FAILED",
+                             "the journal could not be written")
+
+    def check_full_disk(self, full, reason, words):
+        source, destination = self.ends()
+        disk = self.cluster.agents[full].small_disk
+        disk.fill()
+        try:
+            ended = self.cluster.migrate(destination)
+            self.assertEqual((ended["phase"], ended["guest_location"], ended["reason"]),
+                             ("FAILED", "SOURCE", reason), summary(ended))
+            self.assertIn(words, ended["message"])
+            self.assert_runs_only(source)
+        finally:
+            disk.clear()
+        self.move(destination)
+        self.assert_clean()
+
+    def test_disk_that_fills_up_during_a_migration_does_not_hinder_it(self):
+        self.have_guest()
+        source, destination = self.ends()
+        # What the journals need was reserved before anything was promised.
+        name, waiting = self.start_and_wait_at("source", "precopy")
+        disks = [agent.small_disk for agent in self.cluster.agents.values()]
+        try:
+            for disk in disks:
+                disk.fill()
+            waiting.release()
+            ended = self.cluster.wait_ended(name)
+            self.assertEqual((ended["phase"], ended["guest_location"]), ("SUCCEEDED", "DESTINATION"), summary(ended))
+            self.assert_runs_only(destination)
+        finally:
+            for disk in disks:
+                disk.clear()
+        self.move(source)
         self.assert_clean()
 
     def test_second_migration_of_a_vm_is_refused(self):
-        self.have_guest("a")
-        source = self.cluster.agents["a"]
-        source.set_pause("precopy")
-        name = self.cluster.migrate("b", wait=False)["name"]
-        wait_until(lambda: source.paused_at("precopy"), "pause point precopy", 60)
-        result = self.cluster.ctl("migrate", "vm1", "--to", "b", check=False)
+        self.have_guest()
+        destination = self.ends()[1]
+        name, waiting = self.start_and_wait_at("source", "precopy")
+        result = self.cluster.ctl("migrate", "vm1", "--to", destination, check=False)
         self.assertEqual(result.returncode, 5, result.stderr)
         result = self.cluster.ctl("vm", "stop", "vm1", check=False)
         self.assertEqual(result.returncode, 5, result.stderr)
-        source.release()
+        waiting.release()
         self.assertEqual(self.cluster.wait_ended(name)["phase"], "SUCCEEDED")
 
     def test_bandwidth_limit_is_kept(self):
-        self.have_guest("a")
-        migration = self.move("b", options=("--bandwidth", "40MiB"))
+        self.have_guest()
+        migration = self.move(self.ends()[1], options=("--bandwidth", "40MiB"))
         rates = [int(r["rate"]) for r in migration["progress"]["rounds"][:1]]
         self.assertLess(rates[0], 60 << 20, migration["progress"]["rounds"])
 
     def test_backend_crash_under_a_running_guest(self):
-        guest = self.have_guest("a")
+        guest = self.have_guest()
         host = self.cluster.host_of()
         for _ in range(3):
             self.cluster.agents[host].storage.kill()
@@ -110,10 +189,10 @@ class Moves(ClusterTest):
         self.assertEqual(device["state"], "ACTIVE", device)
         self.assertGreaterEqual(int(device["reconnects"]), 3)
         self.assert_clean()
-        self.move("b" if host == "a" else "a")
+        self.move(self.ends()[1])
 
     def test_backend_silent_for_a_while(self):
-        guest = self.have_guest("a")
+        guest = self.have_guest()
         host = self.cluster.host_of()
         self.cluster.agents[host].storage.kill()
         wait_until(lambda: self.cluster.vm()["devices"][0]["state"] == "BACKEND_LOST", "BACKEND_LOST", 10)
@@ -122,7 +201,7 @@ class Moves(ClusterTest):
         self.assert_clean()
 
     def test_shim_killed_under_a_running_guest(self):
-        guest = self.have_guest("a")
+        guest = self.have_guest()
         host = self.cluster.host_of()
         agent = self.cluster.agents[host]
         for shim in agent.shims():
@@ -130,42 +209,47 @@ class Moves(ClusterTest):
         wait_until(agent.shims, "a new shim", 20)
         guest.wait_writes(50)
         self.assert_clean()
-        self.move("b" if host == "a" else "a")
+        self.move(self.ends()[1])
         self.assert_clean()
 
     def test_agent_and_batond_restarts_leave_the_guest_alone(self):
-        guest = self.have_guest("a")
+        guest = self.have_guest()
         pids = sorted(p.pid for a in self.cluster.agents.values() for p in a.qemus() + a.shims())
         for agent in self.cluster.agents.values():
             agent.restart()
         self.cluster.batond.kill()
-        guest_host = None
         self.cluster.batond.start()
         self.cluster.wait_hosts()
         wait_until(lambda: (self.cluster.vm() or {}).get("state") == "RUNNING", "vm1 RUNNING again", 20, pause=0.1)
         self.assertEqual(pids, sorted(p.pid for a in self.cluster.agents.values() for p in a.qemus() + a.shims()))
-        guest_host = self.cluster.host_of()
         guest.wait_writes(50)
-        self.move("b" if guest_host == "a" else "a")
+        self.move(self.ends()[1])
         self.assert_clean()
 
+    def test_agents_come_back_after_batond_was_away(self):
+        self.have_guest()
+        self.cluster.batond.kill()
+        time.sleep(4)  # long enough that the agents have tried in vain several times
+        self.cluster.batond.start()
+        self.cluster.wait_hosts(timeout=10)
+
     def test_vmm_killed_under_a_running_guest(self):
-        self.have_guest("a")
+        self.have_guest()
         host = self.cluster.host_of()
         for qemu in self.cluster.agents[host].qemus():
             qemu.kill()
         wait_until(lambda: (self.cluster.vm() or {"state": "STOPPED"})["state"] == "STOPPED", "vm1 STOPPED", 20, pause=0.1)
         self.lose_guest()
-        self.have_guest("a")
+        self.have_guest(host)
 
     def test_requests_that_make_no_sense(self):
-        self.have_guest("a")
+        self.have_guest()
         for words, code in [
                 (("migrate", "vm1", "--to", "nowhere"), (3, 5, 10)),
                 (("migrate", "nobody", "--to", "b"), (3,)),
                 (("migrate", "vm1", "--to", self.cluster.host_of()), (2, 5, 10)),
                 (("get", "vms", "nobody"), (3,)),
-                (("migrate", "vm1", "--to", "b", "--bandwidth", "fast"), (2,)),
+                (("migrate", "vm1", "--to", self.ends()[1], "--bandwidth", "fast"), (2,)),
                 (("cancel", "00000000-0000-0000-0000-000000000000"), (3,)),
                 (("frobnicate",), (2,)),
         ]:
@@ -183,7 +267,7 @@ class Moves(ClusterTest):
         self.assertIn("wrong.yaml:3: vcpus", result.stderr)
 
     def test_idle_shim_is_small_and_asleep(self):
-        self.have_guest("a")
+        self.have_guest()
         shim = self.cluster.agents[self.cluster.host_of()].shims()[0]
         self.assertLess(rss_anon(shim.pid), 8 << 20)
         before = cpu_ticks(shim.pid)

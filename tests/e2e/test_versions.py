@@ -16,6 +16,8 @@ def backports():
 class Backports(ClusterTest):
     """QEMU 10.0 to QEMU 10.0, with its storage daemon too."""
 
+    SECURE = True
+
     @classmethod
     def setUpClass(cls):
         directory = os.path.join(backports(), "bin")

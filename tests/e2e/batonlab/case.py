@@ -17,8 +17,9 @@ class ClusterTest(unittest.TestCase):
     # QEMU of the specs, a key of QEMU.
     SPEC = {}
     STORAGE = "qemu-storage-daemon"
-    # Guest options: enough memory traffic for several rounds, and a disk that is never idle.
-    CMDLINE = "lab.pages=4096 lab.dirty=1500"
+    # Guest options: enough memory traffic for several rounds, a disk that is never idle, and not so much of both that
+    # the full check at the end of each case takes long.
+    CMDLINE = "lab.pages=2048 lab.dirty=1500 lab.blocks=512"
 
     lab = None
     cluster = None
@@ -85,6 +86,21 @@ class ClusterTest(unittest.TestCase):
         elif host and cls.cluster.host_of() != host:
             self.move(host)
         return cls.guest
+
+    def ends(self):
+        """Where the guest is, and the other host."""
+        host = self.cluster.host_of()
+        return host, "b" if host == "a" else "a"
+
+    def start_and_wait_at(self, side, point):
+        """A migration whose shim of that side waits at a pause point; its name, and that side's host."""
+        source, destination = self.ends()
+        waiting = self.cluster.agents[source if side == "source" else destination]
+        waiting.set_pause(point)
+        name = self.cluster.migrate(destination, wait=False)["name"]
+        wait_until(lambda: waiting.paused_at(point), lambda: f"pause point {point}; the migration is "
+                   f"{summary(self.cluster.migration(name) or {})}", 60)
+        return name, waiting
 
     def lose_guest(self):
         """The guest is gone for good; the next test starts another one."""

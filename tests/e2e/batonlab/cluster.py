@@ -107,7 +107,7 @@ class SmallDisk:
     def __init__(self, lab, path):
         self.filler = os.path.join(path, "filler")
         os.makedirs(path)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "baton-lab", path], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "baton-lab", path], check=True)
         lab.undo.callback(subprocess.run, ["umount", "--lazy", path], check=False)
 
     def fill(self):
