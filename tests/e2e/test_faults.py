@@ -1,5 +1,6 @@
-"""What happens when one of the processes is killed, or the connection is cut, in each phase of a migration. Every case
+"""What happens when one of the processes is killed or hangs, or the connection is cut, in each phase of a migration. Every case
 ends with exactly one running guest, a clean self-check and a migration that works."""
+import signal
 import sys
 import time
 import unittest
@@ -36,6 +37,11 @@ MATRIX = {
     "source_storage": {"preparing": EITHER, "precopy": EITHER, "switchover": EITHER},
     "destination_storage": {"preparing": EITHER, "precopy": EITHER, "switchover": EITHER},
     "connection": {"preparing": EITHER, "precopy": STAYED, "switchover": STAYED, "yielded": EITHER},
+    # Stopped by SIGSTOP until the migration has ended: silence is noticed within a bound, like an end.
+    "hung_destination_shim": {"precopy": STAYED},
+    "hung_destination_qemu": {"switchover": STAYED},
+    "hung_destination_storage": {"precopy": EITHER},
+    "hung_source_storage": {"precopy": STAYED},
     # These may take the guest with them before the handover; then the record says so.
     "source_shim": {"preparing": STAYED | LOST, "precopy": STAYED | LOST, "switchover": STAYED | LOST, "yielded": EITHER},
     "source_qemu": {"preparing": LOST, "precopy": LOST, "switchover": LOST, "yielded": MOVED | LOST},
@@ -84,17 +90,31 @@ class Faults(ClusterTest):
     def fault_source_qemu(self):
         self.kill_one("qemu-system", self.source)
 
+    def hang(self, program, host):
+        """Stops the processes of that kind; answers how to let them go on."""
+        found = self.cluster.agents[host].find(program)
+        self.assertTrue(found, f"no {program} on {host}")
+        for process in found:
+            process.kill(signal.SIGSTOP)
+        self.addCleanup(lambda: [process.kill(signal.SIGCONT) for process in found])
+
+    def fault_hung_destination_shim(self):
+        self.hang("baton-shim", self.destination)
+
+    def fault_hung_destination_qemu(self):
+        self.hang("qemu-system", self.destination)
+
+    def fault_hung_destination_storage(self):
+        self.hang("qemu-storage-d", self.destination)
+
+    def fault_hung_source_storage(self):
+        self.hang("qemu-storage-d", self.source)
+
     def check(self, process, point, allowed):
         # The guest goes from where the case before left it.
         guest = self.have_guest()
-        self.source = self.cluster.host_of()
-        self.destination = "b" if self.source == "a" else "a"
-        side, name = POINTS[point]
-        waiting = self.cluster.agents[getattr(self, side)]
-        waiting.set_pause(name)
-        migration = self.cluster.migrate(self.destination, wait=False)["name"]
-        wait_until(lambda: waiting.paused_at(name), lambda: f"pause point {name}; the migration is "
-                   f"{summary(self.cluster.migration(migration) or {})}", 60)
+        self.source, self.destination = self.ends()
+        migration, waiting = self.start_and_wait_at(*POINTS[point])
         getattr(self, "fault_" + process)()
         waiting.release()
         if process == "connection" and point != "precopy":
@@ -106,6 +126,7 @@ class Faults(ClusterTest):
             ended = ended or self.cluster.wait_ended(migration, 60)
         else:
             ended = self.cluster.wait_ended(migration, 60)
+        self.doCleanups()  # what hung goes on
         end = (ended["phase"], ended["guest_location"])
         self.assertIn(end, allowed, summary(ended))
         self.assertNotIn(ended.get("reason", ""), ("", "REASON_UNSPECIFIED", "INTERNAL"), summary(ended))

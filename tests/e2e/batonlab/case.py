@@ -116,13 +116,14 @@ class ClusterTest(unittest.TestCase):
         return migration
 
     def assert_runs_only(self, host):
-        """One guest, running, at `host`: its VMM is the only one, it goes on writing, and batond knows it there."""
+        """One guest, running, at `host`: its VMM is the only one, the other host holds nothing, it goes on writing, and
+        batond knows it there."""
         other = "b" if host == "a" else "a"
-        wait_until(lambda: not self.cluster.agents[other].qemus(), lambda: f"no QEMU on host {other}, there is "
-                   f"{self.cluster.agents[other].qemus()}", 30)
+        wait_until(lambda: not self.cluster.agents[other].holdings(), lambda: f"nothing of vm1 on host {other}, there is "
+                   f"{self.cluster.agents[other].holdings()}", 30, pause=0.1)
         wait_until(lambda: (self.cluster.vm() or {}).get("state") == "RUNNING" and self.cluster.host_of() == host,
                    lambda: f"vm1 running on {host} by batond's account, which says {self.cluster.vm()}", 30, pause=0.1)
-        self.assertEqual(len(self.cluster.agents[host].qemus()), 1)
+        self.assertEqual((len(self.cluster.agents[host].qemus()), len(self.cluster.agents[host].shims())), (1, 1))
         self.guest.wait_writes(20)
 
     def assert_clean(self):

@@ -211,6 +211,11 @@ class Agent:
     def shims(self):
         return self.find("baton-shim")
 
+    def holdings(self, vm="vm1"):
+        """What there is of a VM on this host: processes, guest memory, sockets."""
+        paths = [os.path.join(self.memory_dir, f"{vm}.ram"), self.vm_dir(vm), os.path.join(self.state_dir, "vms", vm)]
+        return self.qemus() + self.shims() + [path for path in paths if os.path.exists(path)]
+
 
 class Cluster:
     """`with Cluster(lab) as cluster`: everything up, no guest yet. `secure`: namespaces and TLS instead of loopback;
