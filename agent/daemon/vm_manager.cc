@@ -359,8 +359,13 @@ void VmManager::Retire(const EntryPtr& entry, const std::string& message) {
     if (!retired.ok())
       LOG_WARN("shim of VM {} does not retire and is ended: {}", entry->name(), Message(retired));
   }
-  absl::Status removed = Remove(entry, message);
-  if (!removed.ok()) LOG_WARN("VM {} is not removed: {}", entry->name(), Message(removed));
+  if (absl::Status removed = Remove(entry, message); !removed.ok()) RemoveLater(entry, message, removed);
+}
+
+// The disk may have room again, and nobody else would come back for a VM that has ended.
+void VmManager::RemoveLater(const EntryPtr& entry, const std::string& message, const absl::Status& why) {
+  LOG_WARN("VM {} is not removed, trying again: {}", entry->name(), Message(why));
+  parts_.tasks.PostAfter(seconds(5), [this, entry, message] { Retire(entry, message); });
 }
 
 void VmManager::EndProcesses(const EntryPtr& entry) {

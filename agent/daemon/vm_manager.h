@@ -120,6 +120,7 @@ class VmManager {
   absl::Status WriteRefused(const VmEntry& entry, const v1::ShimConfig& conf);
   // The migration under way has ended for this host: the shim is told to go, everything is removed.
   void Retire(const EntryPtr& entry, const std::string& message);
+  void RemoveLater(const EntryPtr& entry, const std::string& message, const absl::Status& why);
   // Ends shim and VMM, gives back-ends back, removes all files and the entry.
   absl::Status Remove(const EntryPtr& entry, const std::string& message);
   void EndProcesses(const EntryPtr& entry);

@@ -166,8 +166,8 @@ void VmManager::Recover(const EntryPtr& entry) {
   // The VMM ends before the report says that this side is done.
   EndProcesses(entry);
   FinishOpenReports(entry, action, *ownership, {}, false);
-  absl::Status removed = Remove(entry, "its shim ended (" + NameOf(action) + ")");
-  if (!removed.ok()) LOG_WARN("VM {} is not removed: {}", entry->name(), Message(removed));
+  const std::string message = "its shim ended (" + NameOf(action) + ")";
+  if (absl::Status removed = Remove(entry, message); !removed.ok()) RemoveLater(entry, message, removed);
 }
 
 absl::Status VmManager::WriteRefused(const VmEntry& entry, const v1::ShimConfig& conf) {

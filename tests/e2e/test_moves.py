@@ -154,10 +154,12 @@ class Moves(ClusterTest):
             waiting.release()
             ended = self.cluster.wait_ended(name)
             self.assertEqual((ended["phase"], ended["guest_location"]), ("SUCCEEDED", "DESTINATION"), summary(ended))
-            self.assert_runs_only(destination)
+            self.guest.wait_writes(20)
         finally:
             for disk in disks:
                 disk.clear()
+        # Also what could not be cleaned up while the disks were full.
+        self.assert_runs_only(destination)
         self.move(source)
         self.assert_clean()
 

@@ -417,6 +417,22 @@ TEST_F(VmManagerTest, DeadIncomingShimIsARefusal) {
             absl::StatusCode::kNotFound);
 }
 
+TEST_F(VmManagerTest, WhatCannotBeRemovedNowIsRemovedLater) {
+  ASSERT_TRUE(Prepare("m1").ok());
+  // No place for the verdict, as on a full disk.
+  const std::string ended = config_.state_dir + "/ended";
+  ASSERT_TRUE(RemoveTree(ended).ok());
+  ASSERT_TRUE(WriteFileDurable(ended, "x").ok());
+  ASSERT_TRUE(KillProcess(Shim(), Soon()).ok());
+  ASSERT_TRUE(agent_->heard.Wait([&] {
+    return !agent_->heard.vms.empty() &&
+           agent_->heard.vms.back().message().find("cannot be removed") != std::string::npos;
+  }));
+  ASSERT_EQ(::unlink(ended.c_str()), 0);
+  ASSERT_TRUE(agent_->heard.Wait([&] { return !agent_->heard.gone.empty(); }));
+  ExpectGone();
+}
+
 TEST_F(VmManagerTest, DeadIncomingShimIsARefusalForTheNextAgentToo) {
   auto prepared = Prepare("m1");
   ASSERT_TRUE(prepared.ok());
