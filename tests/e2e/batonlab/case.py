@@ -1,13 +1,21 @@
 """Base of the end-to-end tests: a cluster that the tests of a class share, made anew after a test that failed."""
 import os
+import signal
 import sys
 import time
 import unittest
 
 from .cluster import Cluster, summary
-from .lab import Lab, wait_until
+from .lab import Lab, LabError, wait_until
 
 BIN = os.environ.get("BATON_BIN", "build/release/bin")
+
+# Of one case, with making its cluster and booting its guest: some ten times what it takes.
+CASE_LIMIT = 300
+
+
+def too_long(number, frame):
+    raise LabError(f"the case took longer than {CASE_LIMIT} s")
 
 
 class ClusterTest(unittest.TestCase):
@@ -59,7 +67,12 @@ class ClusterTest(unittest.TestCase):
     def run(self, result=None):
         bad = len(result.failures) + len(result.errors)
         start = time.monotonic()
-        result = super().run(result)
+        signal.signal(signal.SIGALRM, too_long)
+        signal.alarm(CASE_LIMIT)
+        try:
+            result = super().run(result)
+        finally:
+            signal.alarm(0)
         print(f"    {self._testMethodName}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         cls = type(self)
         if len(result.failures) + len(result.errors) > bad and cls.lab is not None:
