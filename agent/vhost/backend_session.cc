@@ -1,8 +1,6 @@
 // The mediator's side towards the back-end: connecting, building the device from the record, losing it and
-// coming back, starting and stopping rings.
-#include <poll.h>
+// coming back.
 #include <sys/inotify.h>
-#include <sys/stat.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -10,7 +8,6 @@
 
 #include "agent/vhost/mediator_impl.h"
 #include "agent/virtio/features.h"
-#include "agent/virtio/inflight.h"
 #include "common/log.h"
 
 namespace baton::vhost {
@@ -18,25 +15,12 @@ namespace {
 
 constexpr Duration kFirstRetry = std::chrono::milliseconds(10);
 constexpr Duration kLastRetry = std::chrono::seconds(2);
-// How often used->idx is looked at while a ring drains; there is no event for it, since GET_VRING_BASE made
-// the back-end close the call descriptor.
-constexpr auto kDrainPoll = std::chrono::microseconds(100);
 
 // What we always want of a back-end that has it. STATUS is left to the VMM: a back-end that negotiated it may
 // wait for DRIVER_OK.
 constexpr uint64_t kWanted = pf::kMq | pf::kLogShmfd | pf::kRarp | pf::kReplyAck | pf::kNetMtu |
                              pf::kBackendReq | pf::kConfig | pf::kInflightShmfd | pf::kResetDevice |
                              pf::kConfigureMemSlots;
-
-// A notification that no one may have lost: spurious ones are allowed by the virtio specification.
-void Inject(const Notifier& notifier) {
-  if (!notifier.fd) return;
-  pollfd p{notifier.fd.get(), POLLOUT, 0};
-  uint64_t one = 1;
-  if (::poll(&p, 1, 0) == 1 && (p.revents & POLLOUT) && ::write(p.fd, &one, sizeof one) < 0) {
-    LOG_DEBUG("a notification could not be written: {}", errno);
-  }
-}
 
 }  // namespace
 
@@ -292,183 +276,6 @@ void Mediator::Impl::AwaitOverdue(const absl::Status& why) {
   LOG_WARN("device {}: {}", name(), message_);
 }
 
-absl::Status Mediator::Impl::EnsureInflight() {
-  if (!(link_.frontend->protocol_features() & pf::kInflightShmfd) || link_.inflight_sent)
-    return absl::OkStatus();
-  InflightRegion& region = record_.inflight;
-  if (!region.fd) {
-    // A VMM that speaks INFLIGHT_SHMFD brings its own; one that negotiated it and sent none gets none.
-    uint32_t size = std::max<uint32_t>(options_.spec.queue_size(), 256);
-    for (const auto& [index, vring] : record_.vrings) size = std::max(size, vring.num);
-    uint32_t queues = static_cast<uint32_t>(offer_.queues);
-    for (const auto& [index, vring] : record_.vrings) queues = std::max(queues, index + 1);
-    ASSIGN_OR_RETURN(auto fresh, link_.frontend->GetInflight(static_cast<uint16_t>(queues),
-                                                             static_cast<uint16_t>(size), RequestDeadline()));
-    InflightDescription description = fresh.first;
-    description.num_queues = static_cast<uint16_t>(queues);
-    description.queue_size = static_cast<uint16_t>(size);
-    struct stat st;
-    if (::fstat(fresh.second.get(), &st) != 0 || description.mmap_size > (uint64_t{1} << 30) ||
-        static_cast<uint64_t>(st.st_size) < description.mmap_offset + description.mmap_size) {
-      return Error(absl::StatusCode::kInvalidArgument,
-                   "GET_INFLIGHT_FD: {} bytes at offset {} do not fit into the file", description.mmap_size,
-                   description.mmap_offset);
-    }
-    RETURN_IF_ERROR(
-        virtio::InferSplitStride(description.mmap_size, description.num_queues, description.queue_size)
-            .status());
-    region = {description, std::move(fresh.second), false};
-  }
-  // DPDK moves on to a queue's part only for queues it has heard of: SET_VRING_NUM of all of them comes
-  // first.
-  for (uint32_t i = 0; i < region.description.num_queues; ++i) {
-    auto it = record_.vrings.find(i);
-    VringState num{
-        i, it != record_.vrings.end() && it->second.num ? it->second.num : region.description.queue_size};
-    RETURN_IF_ERROR(link_.frontend->Set(Request::kSetVringNum, Bytes(num), {}, RequestDeadline()));
-  }
-  int fd = region.fd.get();
-  RETURN_IF_ERROR(link_.frontend->Set(Request::kSetInflightFd, Bytes(region.description), {&fd, 1},
-                                      RequestDeadline(), true));
-  link_.inflight_sent = true;
-  return absl::OkStatus();
-}
-
-absl::Status Mediator::Impl::InitInflightPart(uint32_t index, uint16_t used_idx) {
-  const InflightDescription& d = record_.inflight.description;
-  ASSIGN_OR_RETURN(uint64_t stride, virtio::InferSplitStride(d.mmap_size, d.num_queues, d.queue_size));
-  if (index >= d.num_queues) {
-    return Error(absl::StatusCode::kInvalidArgument,
-                 "ring {} has no place in the in-flight region of {} queues", index, d.num_queues);
-  }
-  std::vector<uint8_t> part(stride);
-  RETURN_IF_ERROR(virtio::InitInflightSplit(part, d.queue_size, used_idx));
-  ssize_t n = ::pwrite(record_.inflight.fd.get(), part.data(), part.size(),
-                       static_cast<off_t>(d.mmap_offset + stride * index));
-  if (n != static_cast<ssize_t>(part.size())) return ErrnoError(errno, "writing the in-flight region");
-  return absl::OkStatus();
-}
-
-absl::Status Mediator::Impl::CheckInflightPart(uint32_t index, uint16_t used_idx) {
-  const InflightDescription& d = record_.inflight.description;
-  ASSIGN_OR_RETURN(uint64_t stride, virtio::InferSplitStride(d.mmap_size, d.num_queues, d.queue_size));
-  if (index >= d.num_queues) {
-    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
-                 "ring {} is not in the in-flight region", index);
-  }
-  std::vector<uint8_t> part(stride);
-  ssize_t n = ::pread(record_.inflight.fd.get(), part.data(), part.size(),
-                      static_cast<off_t>(d.mmap_offset + stride * index));
-  if (n != static_cast<ssize_t>(part.size())) return ErrnoError(errno, "reading the in-flight region");
-  ASSIGN_OR_RETURN(
-      auto set, virtio::ReadInflightSplit(part, static_cast<uint16_t>(record_.vrings[index].num), used_idx));
-  LOG_INFO("device {}: ring {}: {} requests in flight will be submitted again", name(), index,
-           set.heads.size());
-  return absl::OkStatus();
-}
-
-absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
-  VringRecord& vring = record_.vrings[index];
-  const AppliedVring& applied = link_.vrings[index];
-  const uint32_t asked = vring.base.value_or(record_.packed() ? virtio::kPackedBaseAfterReset : 0);
-  // The VMM gives back what it was told; the back-end goes on from what it really said.
-  if (applied.base && vring.told == asked && !vring.lost) return *applied.base;
-  if (record_.packed()) {
-    if (!vring.lost) return asked;
-    if (link_.inflight_sent) return asked;
-    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
-                 "ring {} is packed and has no in-flight region: where the back-end was cannot be told",
-                 index);
-  }
-  ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
-  ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(record_.memory, ring));
-  // In order means: what was in flight are the avail entries from used->idx on.
-  if (vring.lost && (*record_.features & virtio::kFInOrder) && !link_.inflight_sent) return indices.used;
-  if (link_.inflight_sent) {
-    // Back-ends add what is in flight to used->idx by themselves (libvhost-user ignores the base, DPDK adds
-    // to it).
-    if (vring.lost || record_.inflight.from_vmm) {
-      RETURN_IF_ERROR(CheckInflightPart(index, indices.used));
-    } else {
-      RETURN_IF_ERROR(InitInflightPart(index, indices.used));
-    }
-    return indices.used;
-  }
-  if (!vring.lost && !quirks_.drains_on_disconnect) return asked;
-  // A new connection to a back-end that completed what an older one had in flight (or forgot it:
-  // libvhost-user drops completions after an error on its socket), or the successor of one that died. What
-  // the VMM asks for may be older than the last completion.
-  auto recovered = virtio::RecoverSplit(record_.memory, ring, AllowWindowRecovery(options_.backend));
-  if (!recovered.ok()) {
-    if (!vring.lost) return indices.used;
-    return WithReason(
-        absl::FailedPreconditionError(fmt::format("ring {}: {}", index, Message(recovered.status()))),
-        v1::INFLIGHT_UNKNOWN);
-  }
-  if (recovered->rewrite) {
-    for (size_t k = 0; k < recovered->heads.size(); ++k) {
-      const uint64_t slot = static_cast<uint16_t>(recovered->base + k) % ring.size;
-      RETURN_IF_ERROR(record_.memory.Write(ring.avail + 4 + 2 * slot, &recovered->heads[k], 2));
-    }
-    MarkDirty(ring.avail, virtio::SplitAvailBytes(ring.size));
-  }
-  if (vring.lost) {
-    LOG_INFO("device {}: ring {} goes on at {} with {} requests outstanding{}", name(), index,
-             recovered->base, recovered->heads.size(), recovered->rewrite ? ", out of order" : "");
-  }
-  return recovered->base;
-}
-
-absl::Status Mediator::Impl::StartVring(uint32_t index) {
-  VringRecord& vring = record_.vrings[index];
-  Frontend& fe = *link_.frontend;
-  if (ResumesInPlace(index)) return ResumeInPlace(index);
-  if (AppliedVring& applied = link_.vrings[index]; applied.running) {
-    // Set up anew by the guest while it still ran for the old ring.
-    ASSIGN_OR_RETURN(uint32_t ignored, fe.GetVringBase(index, RequestDeadline()));
-    LOG_DEBUG("device {}: ring {} had come to {}", name(), index, ignored);
-    applied = AppliedVring();
-  }
-  RETURN_IF_ERROR(EnsureInflight());
-  ASSIGN_OR_RETURN(uint32_t base, ResolveBase(index));
-  CompareWithExpected(index, base);
-  VringState num{index, vring.num}, start{index, base};
-  RETURN_IF_ERROR(fe.Set(Request::kSetVringNum, Bytes(num), {}, RequestDeadline()));
-  RETURN_IF_ERROR(fe.Set(Request::kSetVringBase, Bytes(start), {}, RequestDeadline()));
-  RETURN_IF_ERROR(SendVringAddr(index));
-  if (vring.call.set) RETURN_IF_ERROR(SendNotifier(Request::kSetVringCall, index, vring.call));
-  if (vring.err.set) RETURN_IF_ERROR(SendNotifier(Request::kSetVringErr, index, vring.err));
-  // Before the descriptor is handed over: libvhost-user takes it for an error to find an eventfd empty that
-  // its loop believes readable (the number of the one before).
-  Inject(vring.kick);
-  RETURN_IF_ERROR(SendNotifier(Request::kSetVringKick, index, vring.kick));
-  AppliedVring& applied = link_.vrings[index];
-  applied = AppliedVring{.running = true, .call_stale = false, .must_stop = false, .base = std::nullopt};
-  vring.lost = false;
-  Inject(vring.call);
-  return absl::OkStatus();
-}
-
-bool Mediator::Impl::ResumesInPlace(uint32_t index) const {
-  auto it = link_.vrings.find(index);
-  const VringRecord& vring = record_.vrings.at(index);
-  // `told` does not survive other addresses.
-  return it != link_.vrings.end() && it->second.running && it->second.must_stop && vring.told &&
-         vring.base == vring.told;
-}
-
-absl::Status Mediator::Impl::ResumeInPlace(uint32_t index) {
-  VringRecord& vring = record_.vrings[index];
-  AppliedVring& applied = link_.vrings[index];
-  RETURN_IF_ERROR(SendNotifier(Request::kSetVringCall, index, vring.call));
-  Inject(vring.kick);
-  RETURN_IF_ERROR(SendNotifier(Request::kSetVringKick, index, vring.kick));
-  Inject(vring.call);
-  applied.must_stop = applied.call_stale = false;
-  message_.clear();
-  return absl::OkStatus();
-}
-
 absl::Status Mediator::Impl::Build() {
   if (!record_.features) return absl::OkStatus();  // the VMM has not got that far
   Frontend& fe = *link_.frontend;
@@ -498,91 +305,6 @@ absl::Status Mediator::Impl::Build() {
     RETURN_IF_ERROR(fe.SetU64(Request::kSetStatus, *record_.status, RequestDeadline()));
   }
   return absl::OkStatus();
-}
-
-uint32_t Mediator::Impl::UsedIndex(uint32_t index) const {
-  const VringRecord& vring = record_.vrings.at(index);
-  const uint32_t fallback = vring.told.value_or(vring.base.value_or(0));
-  if (record_.packed()) return fallback;
-  auto ring = record_.Split(index);
-  if (!ring.ok()) return fallback;
-  auto indices = virtio::ReadSplitIndices(record_.memory, *ring);
-  return indices.ok() ? indices->used : fallback;
-}
-
-uint32_t Mediator::Impl::AvailIndex(uint32_t index) const {
-  auto ring = record_.Split(index);
-  if (!ring.ok()) return UsedIndex(index);
-  auto indices = virtio::ReadSplitIndices(record_.memory, *ring);
-  return indices.ok() ? indices->avail : UsedIndex(index);
-}
-
-bool Mediator::Impl::DrainMoment() {
-  Frontend& fe = *link_.frontend;
-  pollfd p[2] = {{fe.fd(), POLLIN, 0}, {fe.channel_fd(), POLLIN, 0}};
-  timespec wait{0, std::chrono::nanoseconds(kDrainPoll).count()};
-  if (::ppoll(p, 2, &wait, nullptr) <= 0) return true;
-  if (p[1].revents) fe.ServeChannel();
-  if (!p[0].revents) return true;
-  LoseBackend(absl::UnavailableError("the back-end hung up while a ring drained"));
-  return false;
-}
-
-bool Mediator::Impl::AwaitAllUsed(uint32_t index, Deadline deadline) {
-  auto ring = record_.Split(index);
-  if (!ring.ok()) return true;
-  for (bool kicked = false;; kicked = true) {
-    auto indices = virtio::ReadSplitIndices(record_.memory, *ring);
-    if (!indices.ok() || indices->avail == indices->used) return true;
-    // A vCPU that stopped between its store to avail->idx and its kick has made a request available that the
-    // back-end was never told of. The driver's own kick comes when the guest goes on, and is spurious then.
-    if (!kicked) Inject(record_.vrings[index].kick);
-    if (deadline.Expired() || !DrainMoment()) return false;
-  }
-}
-
-uint32_t Mediator::Impl::StopVring(uint32_t index) {
-  // By value: losing the back-end empties the map.
-  if (!link_.vrings[index].running) return UsedIndex(index);
-  if (!Ready()) {
-    link_.vrings[index].must_stop = true;
-    return UsedIndex(index);
-  }
-  Frontend& fe = *link_.frontend;
-  const Deadline deadline = StopDeadline(/*begin=*/true);
-  // GET_VRING_BASE makes libvhost-user close the call descriptor; a completion after that breaks the device,
-  // and every later completion is lost. So the ring first runs empty, and one that does not is left running.
-  if (!record_.packed() && RunsEmpty() && !AwaitAllUsed(index, deadline)) {
-    if (!Ready()) return UsedIndex(index);
-    link_.vrings[index].must_stop = true;
-    message_ = fmt::format("ring {} still has requests in flight at the bound of its stop", index);
-    LOG_WARN("device {}: {}", name(), message_);
-    return UsedIndex(index);
-  }
-  auto base = fe.GetVringBase(index, StopDeadline(false));
-  if (!base.ok()) {
-    link_.vrings[index].must_stop = true;
-    // Slow storage or a stopped process: the answer is awaited without holding up the VMM.
-    if (fe.overdue()) {
-      AwaitOverdue(base.status());
-    } else {
-      LoseBackend(base.status());
-    }
-    return UsedIndex(index);
-  }
-  // Back-ends that answer at once complete the rest in the background.
-  while (!record_.packed() && UsedIndex(index) != *base && !deadline.Expired()) {
-    if (!DrainMoment()) return UsedIndex(index);  // still marked as running, and so as lost
-  }
-  AppliedVring& applied = link_.vrings[index];
-  applied.running = false;
-  applied.base = *base;
-  if (!record_.packed() && UsedIndex(index) != *base) {
-    LOG_WARN("device {}: ring {} still has {} requests in flight at the bound of its stop", name(), index,
-             static_cast<uint16_t>(*base - UsedIndex(index)));
-  }
-  MarkRingDirty(index);
-  return *base;
 }
 
 void Mediator::Impl::FinishOverdue() {

@@ -69,6 +69,9 @@ struct Link {
   Clock::time_point hello_until{};
 };
 
+// A notification that no one may have lost: spurious ones are allowed by the virtio specification.
+void Inject(const Notifier& notifier);
+
 class Mediator::Impl {
  public:
   Impl(MediatorOptions options, MediatorCallbacks callbacks);
@@ -163,11 +166,15 @@ class Mediator::Impl {
   absl::Status SendMemory();
   absl::Status SendVringAddr(uint32_t index);
   absl::Status SendNotifier(Request request, uint32_t index, const Notifier& notifier);
+  void RefreshConfig();
+  uint32_t ConfigSize() const;
+
+  // --- ring_control.cc ---
   absl::Status EnsureInflight();
   // Initialises one queue's part of the in-flight region for a ring that starts with nothing in flight.
   absl::Status InitInflightPart(uint32_t index, uint16_t used_idx);
   absl::Status CheckInflightPart(uint32_t index, uint16_t used_idx);
-  // Where the back-end is to begin. `rebuilt`: the ring ran before the back-end was lost.
+  // Where the back-end is to begin with the ring.
   absl::StatusOr<uint32_t> ResolveBase(uint32_t index);
   absl::Status StartVring(uint32_t index);
   // Asks the back-end for the base and watches the ring drain, until `deadline`. Returns what to tell the
@@ -189,8 +196,6 @@ class Mediator::Impl {
   // used->idx of a ring, or what was last known.
   uint32_t UsedIndex(uint32_t index) const;
   uint32_t AvailIndex(uint32_t index) const;
-  void RefreshConfig();
-  uint32_t ConfigSize() const;
 
   // --- migration_ops.cc, on the thread ---
   absl::Status EnsureLog();
