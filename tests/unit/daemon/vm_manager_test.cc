@@ -396,6 +396,27 @@ TEST_F(VmManagerTest, BlockersStopThePreparation) {
   ExpectGone();
 }
 
+TEST_F(VmManagerTest, AbsentAndSilentBackendsOfADestinationAreToldApart) {
+  auto silent = UnixListener::Listen(dir_ + "/silent.sock");
+  ASSERT_TRUE(silent.ok());
+  v1::VmSpec spec = Spec();
+  for (const char* name : {"absent", "silent"}) {
+    v1::DeviceSpec* device = spec.add_devices();
+    device->set_name(name);
+    device->set_class_(v1::BLK);
+    device->mutable_backend()->set_socket(dir_ + "/" + name + ".sock");
+  }
+  auto prepared = Prepare("m1", true, spec);
+  ASSERT_TRUE(prepared.ok()) << prepared.status();
+  ASSERT_EQ(prepared->findings_size(), 2);
+  EXPECT_EQ(prepared->findings(0).code(), "BACKEND_UNREACHABLE");
+  EXPECT_EQ(prepared->findings(0).subject(), "device absent");
+  EXPECT_THAT(prepared->findings(0).message(), HasSubstr(dir_ + "/absent.sock"));
+  EXPECT_EQ(prepared->findings(1).code(), "BACKEND_SILENT");
+  EXPECT_THAT(prepared->findings(1).message(), HasSubstr("accepts the connection but does not answer"));
+  for (const v1::Finding& finding : prepared->findings()) EXPECT_EQ(finding.severity(), v1::BLOCKER);
+}
+
 TEST_F(VmManagerTest, DeadIncomingShimIsARefusal) {
   auto prepared = Prepare("m1");
   ASSERT_TRUE(prepared.ok());
