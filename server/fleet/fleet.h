@@ -96,7 +96,7 @@ class Fleet {
   void StopVm(const std::string& vm, bool force, std::function<void(absl::Status)> callback);
 
   // OK, or why nothing may be done with the VM: a host that is not its owner runs a copy of it
-  // (docs/decisions/0008-stale-owners.md).
+  // (docs/decisions/0004-stale-owners.md).
   absl::Status CheckNoStaleCopy(const std::string& vm) const;
 
   // The record of ownership follows a handover or a fencing.
