@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -43,6 +44,7 @@ struct Plan {
   int base = 3;                            // first number above all targets
   const char* directory = nullptr;
   bool new_session = false;
+  pid_t die_with = 0;  // the parent that the child does not outlive; 0: it may
 };
 
 absl::StatusOr<UniqueFd> OpenNull() {
@@ -72,6 +74,7 @@ Plan MakePlan(const SpawnOptions& options, int null_fd) {
   for (const auto& [source, target] : plan.moves) plan.base = std::max(plan.base, target + 1);
   plan.directory = options.working_dir.empty() ? nullptr : options.working_dir.c_str();
   plan.new_session = options.new_session;
+  plan.die_with = options.die_with_parent ? ::getpid() : 0;
   return plan;
 }
 
@@ -94,6 +97,11 @@ Plan MakePlan(const SpawnOptions& options, int null_fd) {
   sigemptyset(&none);
   ::sigprocmask(SIG_SETMASK, &none, nullptr);
   if (plan.new_session) ::setsid();
+  if (plan.die_with != 0) {
+    if (::prctl(PR_SET_PDEATHSIG, SIGKILL) != 0) FailChild(status_fd, "prctl");
+    // It may have ended before the call above; then no signal comes any more.
+    if (::getppid() != plan.die_with) ::_exit(127);
+  }
   if (plan.directory != nullptr && ::chdir(plan.directory) != 0) FailChild(status_fd, "chdir");
   // First out of the way of all targets, then close-on-exec for everything, then into place (dup2 clears the
   // flag).
@@ -257,6 +265,7 @@ absl::StatusOr<ProcessId> SpawnDetached(const SpawnOptions& options) {
   ASSIGN_OR_RETURN(Pipe status, MakePipe());
   Plan plan = MakePlan(options, null_fd.get());
   plan.new_session = true;
+  plan.die_with = 0;
   pid_t middle = ::_Fork();
   if (middle < 0) return ErrnoError(errno, "fork");
   if (middle == 0) {

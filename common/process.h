@@ -40,6 +40,9 @@ struct SpawnOptions {
   std::vector<std::pair<int, int>> inherit = {};
   // setsid(): a session and process group of its own, so that signals to our terminal or group miss it.
   bool new_session = false;
+  // SIGKILL for the child when the thread that started it ends, however that happens (PR_SET_PDEATHSIG): for
+  // children that must not outlive a parent that crashes. Not for SpawnDetached.
+  bool die_with_parent = false;
   std::string working_dir = {};
 };
 

@@ -5,6 +5,7 @@
 #include <pty.h>
 #include <signal.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -59,6 +60,7 @@ CtlProcess::CtlProcess(const std::vector<std::string>& arguments, const Options&
   pid_ = fork();
   if (pid_ == 0) {
     setsid();
+    prctl(PR_SET_PDEATHSIG, SIGKILL);  // a test that dies leaves nothing behind
     if (options.terminal) {
       ioctl(slave, TIOCSCTTY, 0);
       for (int fd : {0, 1, 2}) dup2(slave, fd);

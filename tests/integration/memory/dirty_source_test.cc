@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 #include <linux/audit.h>
 #include <linux/filter.h>
+#include <linux/futex.h>
 #include <linux/seccomp.h>
 #include <poll.h>
 #include <pthread.h>
@@ -22,6 +23,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <climits>
 #include <condition_variable>
 #include <cstddef>
 #include <cstring>
@@ -51,6 +53,16 @@ struct Board {
   std::atomic<int64_t> results[8];
 };
 
+// Words of the board that one process waits for and another sets: futexes of a shared mapping (std::atomic's
+// own wait is for one process only).
+void AwaitChange(std::atomic<uint32_t>& word, uint32_t from) {
+  while (word == from) ::syscall(SYS_futex, &word, FUTEX_WAIT, from, nullptr, nullptr, 0);
+}
+void Set(std::atomic<uint32_t>& word, uint32_t value) {
+  word = value;
+  ::syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
 // A process with the block mapped, killed at the end.
 class Child {
  public:
@@ -76,7 +88,7 @@ class Child {
   }
   // Lets the body end by itself; true if the process then ended with status 0.
   bool Finish() {
-    board_->stop = 1;
+    Set(board_->stop, 1);
     int status = -1;
     return ::waitpid(pid_, &status, 0) == pid_ && WIFEXITED(status) && WEXITSTATUS(status) == 0;
   }
@@ -111,10 +123,10 @@ size_t OpenDescriptors(pid_t pid) {
   return count;
 }
 
-// Waits for orders: board.paused counts them down.
+// Does nothing until it is told to end.
 void Idle(uint8_t*, Board& board) {
   board.ready = 1;
-  while (board.stop == 0) ::usleep(1000);
+  AwaitChange(board.stop, 0);
 }
 
 std::vector<std::string> Modes() {
@@ -200,7 +212,7 @@ TEST_P(DirtySourceTest, NoWriteIsLost) {
       board.ready = 1;
       for (auto& writer : writers) writer.join();
       board.paused = 1;
-      while (board.stop < 2) ::usleep(500);
+      AwaitChange(board.stop, 1);
     });
     auto source = Make(child);
     WaitUntil([&] { return child.board().writes > 1000; });
@@ -226,7 +238,7 @@ TEST_P(DirtySourceTest, NoWriteIsLost) {
     WaitUntil([&] { return child.board().paused == 1; });
     round();
     EXPECT_EQ(std::memcmp(copy.data(), child.memory(), copy.size()), 0) << "seed " << seed;
-    child.board().stop = 2;
+    Set(child.board().stop, 2);
   }
 }
 
@@ -334,7 +346,7 @@ TEST_P(DirtySourceTest, SignalsArriveAllTheSame) {
     action.sa_handler = [](int) { ++*handled; };
     ::sigaction(SIGUSR1, &action, nullptr);
     board.ready = 1;
-    while (board.stop == 0) ::usleep(200);
+    AwaitChange(board.stop, 0);
   });
   uint64_t sent = 0;
   for (int i = 0; i < 20; ++i) {

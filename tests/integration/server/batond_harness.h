@@ -53,6 +53,8 @@ class BatondHarness {
     options.argv.insert(options.argv.begin(), wrapper_.begin(), wrapper_.end());
     options.argv.insert(options.argv.end(), extra_.begin(), extra_.end());
     options.stderr_fd = 2;
+    // A test that dies leaves nothing behind.
+    options.die_with_parent = true;
     ASSIGN_OR_RETURN(Process process, Process::Spawn(options));
     process_ = std::make_unique<Process>(std::move(process));
     channel();

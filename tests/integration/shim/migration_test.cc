@@ -73,7 +73,7 @@ class PeerPort {
 class MigrationTest : public testing::Test {
  protected:
   void SetUp() override {
-    if (QemuPath().empty() || QsdPath().empty()) GTEST_SKIP() << "no QEMU or no qemu-storage-daemon";
+    ASSERT_TRUE(HaveQemuAndQsd()) << "deps/packages.txt names the peers that tests need";
     image_ = dirs_.dir() + "/disk.img";
     ASSERT_TRUE(MakeImage(image_, 16u << 20).ok());
     auto spec = LabSpec("g", true, "lab.report=50 lab.writers=1 lab.dirty=2000");

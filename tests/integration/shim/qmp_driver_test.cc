@@ -16,7 +16,6 @@
 namespace baton::vmm {
 namespace {
 
-using std::chrono::milliseconds;
 using std::chrono::seconds;
 using testing::HasSubstr;
 
@@ -33,8 +32,7 @@ class QmpDriverTest : public testing::Test {
   };
 
   void SetUp() override {
-    if (test::QemuPath().empty() || test::QsdPath().empty())
-      GTEST_SKIP() << "no QEMU or no qemu-storage-daemon";
+    ASSERT_TRUE(test::HaveQemuAndQsd()) << "deps/packages.txt names the peers that tests need";
     image_ = dirs_.dir() + "/disk.img";
     ASSERT_TRUE(test::MakeImage(image_, 16u << 20).ok());
     auto spec = test::LabSpec("g", true, "lab.report=50");

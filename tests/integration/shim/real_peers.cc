@@ -40,6 +40,7 @@ std::string FindProgram(const std::string& env, const std::string& name) {
 
 std::string QemuPath() { return FindProgram("BATON_QEMU", "qemu-system-x86_64"); }
 std::string QsdPath() { return FindProgram("BATON_QSD", "qemu-storage-daemon"); }
+bool HaveQemuAndQsd() { return !QemuPath().empty() && !QsdPath().empty(); }
 
 absl::StatusOr<std::string> LabGuest() {
   std::string out = std::string(BATON_BINARY_DIR) + "/lab-guest";
@@ -81,6 +82,8 @@ absl::StatusOr<StorageDaemon> StorageDaemon::Start(const std::string& socket, co
                   kFd, queues)};
   options.inherit = {{listener.fd(), kFd}};
   options.stderr_fd = 2;
+  // A test that dies leaves nothing behind.
+  options.die_with_parent = true;
   ASSIGN_OR_RETURN(Process process, Process::Spawn(options));
   UniqueFd fd = listener.Release();
   return StorageDaemon(std::move(process));

@@ -34,6 +34,7 @@ std::string FindProgram(const std::string& env, const std::string& name);
 // QEMU under test: $BATON_QEMU or qemu-system-x86_64. Its storage daemon: $BATON_QSD or qemu-storage-daemon.
 std::string QemuPath();
 std::string QsdPath();
+bool HaveQemuAndQsd();
 
 // Directory with vmlinuz and initrd.gz of the lab guest, built on first use.
 absl::StatusOr<std::string> LabGuest();

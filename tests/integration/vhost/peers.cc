@@ -52,6 +52,8 @@ absl::StatusOr<Qsd> Qsd::Start(const Options& o) {
                                "writable=on,num-queues={}",
                                node, o.socket, o.queues)});
   spawn.stderr_fd = 2;
+  // A test that dies leaves nothing behind.
+  spawn.die_with_parent = true;
   ASSIGN_OR_RETURN(Process process, Process::Spawn(spawn));
   Deadline deadline = Deadline::After(seconds(10));
   while (!ConnectUnix(o.socket, deadline).ok()) {
@@ -96,6 +98,7 @@ absl::StatusOr<UmlGuest> UmlGuest::Start(const Options& o) {
   spawn.env = {{"HOME", o.directory}, {"TMPDIR", "/dev/shm"}};
   // UML's helper processes must end with it.
   spawn.new_session = true;
+  spawn.die_with_parent = true;
   ASSIGN_OR_RETURN(Process process, Process::Spawn(spawn));
   ::fcntl(out_read.get(), F_SETFL, O_NONBLOCK);
   return UmlGuest(std::move(process), std::move(in_write), std::move(out_read));

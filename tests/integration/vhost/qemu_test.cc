@@ -38,7 +38,7 @@ class QemuMediator : public ::testing::Test {
   }
 
   void SetUp() override {
-    if (QemuPath().empty() || QsdPath().empty()) GTEST_SKIP() << "QEMU and qemu-storage-daemon are needed";
+    ASSERT_TRUE(HaveQemuAndQsd()) << "deps/packages.txt names the peers that tests need";
     ASSERT_TRUE(MakeImage(image_, 16u << 20).ok());
     auto spec = LabSpec("g", true, "lab.report=50");
     ASSERT_TRUE(spec.ok()) << spec.status();

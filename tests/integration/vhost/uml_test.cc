@@ -13,7 +13,6 @@
 namespace baton::test {
 namespace {
 
-using std::chrono::milliseconds;
 using std::chrono::seconds;
 
 constexpr auto kBoot = seconds(30);
@@ -26,7 +25,7 @@ class UmlMediator : public ::testing::Test {
   }
 
   void SetUp() override {
-    if (!HaveUmlAndQsd()) GTEST_SKIP() << "User-Mode Linux and qemu-storage-daemon are needed";
+    ASSERT_TRUE(HaveUmlAndQsd()) << "deps/packages.txt names the peers that tests need";
     ASSERT_TRUE(MakeSparseFile(image_, 64 << 20).ok());
   }
 

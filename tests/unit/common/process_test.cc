@@ -150,6 +150,29 @@ TEST(Process, DestructionKillsUnlessReleased) {
   EXPECT_FALSE(ProcessStartTime(pid).ok());
 }
 
+TEST(Process, DiesWithItsParentIfAskedTo) {
+  // The parent is killed; the end of its child closes the pipe that the child has inherited.
+  int fds[2];
+  ASSERT_EQ(::pipe2(fds, O_CLOEXEC), 0);
+  UniqueFd ended(fds[0]), held(fds[1]);
+  const pid_t parent = ::fork();
+  if (parent == 0) {
+    auto child = Process::Spawn(
+        {.argv = {"sh", "-c", "echo; exec sleep 1000"}, .stdout_fd = held.get(), .die_with_parent = true});
+    held.reset();
+    while (child.ok()) ::pause();
+    ::_exit(1);
+  }
+  held.reset();
+  char byte = 0;
+  ASSERT_EQ(::read(ended.get(), &byte, 1), 1);
+  ASSERT_EQ(::kill(parent, SIGKILL), 0);
+  pollfd poll{ended.get(), POLLIN, 0};
+  ASSERT_EQ(::poll(&poll, 1, 60'000), 1) << "the child runs on";
+  EXPECT_EQ(::read(ended.get(), &byte, 1), 0);
+  EXPECT_EQ(::waitpid(parent, nullptr, 0), parent);
+}
+
 TEST(Process, TerminateEscalates) {
   auto polite = Process::Spawn({.argv = {"sleep", "1000"}});
   EXPECT_EQ(polite->Terminate(Soon()).signal, SIGTERM);
