@@ -82,10 +82,10 @@ class Copier {
         return Error(absl::StatusCode::kInvalidArgument, "{}:{}: {}: given a second time (first on line {})",
                      name_, line, name, node.line);
     }
-    out->fields.emplace_back(name, ConfigNode());
-    RETURN_IF_ERROR(Copy(value, depth + 1, &out->fields.back().second));
+    out->fields.push_back({name, ConfigNode()});
+    RETURN_IF_ERROR(Copy(value, depth + 1, &out->fields.back().value));
     // What people look for is the line of the name; a block value's own mark is one below.
-    out->fields.back().second.line = line;
+    out->fields.back().value.line = line;
     return absl::OkStatus();
   }
 
@@ -233,7 +233,7 @@ void ConfigReader::Problem(const std::string& name, const std::string& problem) 
 
 bool ConfigReader::Has(const std::string& name) const {
   return std::any_of(node_->fields.begin(), node_->fields.end(),
-                     [&](const auto& f) { return f.first == name; });
+                     [&](const auto& f) { return f.name == name; });
 }
 
 const ConfigNode* ConfigReader::Find(const std::string& name, Presence presence) {

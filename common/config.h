@@ -24,13 +24,18 @@
 namespace baton {
 
 // A value of the document, independent of the YAML library.
+struct ConfigField;
 struct ConfigNode {
   enum class Kind { kNull, kScalar, kList, kMap };
   Kind kind = Kind::kNull;
   int line = 0;  // 1-based
   std::string text;
   std::vector<ConfigNode> items;
-  std::vector<std::pair<std::string, ConfigNode>> fields;  // in file order, names unique
+  std::vector<ConfigField> fields;  // in file order, names unique
+};
+struct ConfigField {
+  std::string name;
+  ConfigNode value;
 };
 
 enum Presence { kOptional, kRequired };

@@ -12,7 +12,7 @@
 namespace baton {
 namespace {
 
-sockaddr_un Address(const std::string& path) {
+sockaddr_un SocketAddress(const std::string& path) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   std::memcpy(address.sun_path, path.data(), path.size());
@@ -52,7 +52,7 @@ absl::Status WaitFd(int fd, short events, Deadline deadline, const std::string& 
 
 absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, Deadline deadline) {
   RETURN_IF_ERROR(CheckUnixPath(path));
-  sockaddr_un address = Address(path);
+  sockaddr_un address = SocketAddress(path);
   UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (!fd) return ErrnoError(errno, path + ": socket");
   // A blocking connect to a unix socket waits for a place in the backlog; SO_SNDTIMEO bounds that wait
@@ -77,7 +77,7 @@ absl::StatusOr<UniqueFd> ConnectUnix(const std::string& path, Deadline deadline)
 
 absl::StatusOr<UnixListener> UnixListener::Listen(const std::string& path) {
   RETURN_IF_ERROR(CheckUnixPath(path));
-  sockaddr_un address = Address(path);
+  sockaddr_un address = SocketAddress(path);
   struct stat st {};
   if (::lstat(path.c_str(), &st) == 0) {
     if (!S_ISSOCK(st.st_mode)) {

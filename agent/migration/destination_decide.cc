@@ -13,7 +13,6 @@ using Event = Handover::Event;
 using std::chrono::seconds;
 
 namespace {
-constexpr Duration kRetryWrite = seconds(1);
 // The source closes once it has read the verdict.
 constexpr Duration kLinger = seconds(10);
 }  // namespace

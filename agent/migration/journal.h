@@ -21,6 +21,9 @@
 
 namespace baton::migration {
 
+// How long a side waits before it tries again to write a record that has to be written.
+inline constexpr Duration kRetryWrite = std::chrono::seconds(1);
+
 // Where a side of a migration writes its records. An interface so that tests can make writes fail at will.
 class RecordLog {
  public:

@@ -12,7 +12,6 @@ using std::chrono::seconds;
 
 namespace {
 
-constexpr Duration kRetryWrite = seconds(1);
 // The destination's figures are worth a short wait before the VMM is killed.
 constexpr Duration kAwaitFigures = seconds(5);
 

@@ -13,7 +13,7 @@ constexpr size_t kMagicAt = 0, kTypeAt = 4, kFlagsAt = 5, kUnused1At = 6, kBlock
 static_assert(kHashAt + 8 == kFrameHeaderSize);
 
 template <typename... Args>
-absl::Status Bad(fmt::format_string<Args...> format, Args&&... args) {
+absl::Status BadFrame(fmt::format_string<Args...> format, Args&&... args) {
   return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kDataLoss, "memory frame: {}",
                fmt::format(format, std::forward<Args>(args)...));
 }
@@ -36,9 +36,9 @@ void EncodeFrameHeader(const FrameHeader& header, uint8_t* out) {
 
 absl::StatusOr<FrameHeader> DecodeFrameHeader(const uint8_t* bytes, const FrameLimits& limits) {
   if (uint32_t magic = LoadLe<uint32_t>(bytes + kMagicAt); magic != kFrameMagic)
-    return Bad("wrong magic {:#x}", magic);
+    return BadFrame("wrong magic {:#x}", magic);
   if (LoadLe<uint64_t>(bytes + kHashAt) != XXH3_64bits(bytes, kHashAt))
-    return Bad("header does not match its checksum");
+    return BadFrame("header does not match its checksum");
   FrameHeader header;
   header.type = static_cast<FrameType>(bytes[kTypeAt]);
   header.flags = bytes[kFlagsAt];
@@ -48,41 +48,41 @@ absl::StatusOr<FrameHeader> DecodeFrameHeader(const uint8_t* bytes, const FrameL
   header.length = LoadLe<uint32_t>(bytes + kLengthAt);
   header.payload = LoadLe<uint32_t>(bytes + kPayloadAt);
   if (LoadLe<uint16_t>(bytes + kUnused1At) != 0 || LoadLe<uint64_t>(bytes + kUnused2At) != 0) {
-    return Bad("unused bytes are not zero");
+    return BadFrame("unused bytes are not zero");
   }
   if (header.block >= limits.block_sizes.size()) {
-    return Bad("block {} of {}", header.block, limits.block_sizes.size());
+    return BadFrame("block {} of {}", header.block, limits.block_sizes.size());
   }
   if (header.length == 0 || (header.offset | header.length) % memory::kPageSize != 0) {
-    return Bad("range {:#x}+{:#x} is empty or not page aligned", header.offset, header.length);
+    return BadFrame("range {:#x}+{:#x} is empty or not page aligned", header.offset, header.length);
   }
   const uint64_t block_size = limits.block_sizes[header.block];
   if (header.offset >= block_size || header.length > block_size - header.offset) {
-    return Bad("range {:#x}+{:#x} lies outside block {} of {:#x} bytes", header.offset, header.length,
-               header.block, block_size);
+    return BadFrame("range {:#x}+{:#x} lies outside block {} of {:#x} bytes", header.offset, header.length,
+                    header.block, block_size);
   }
   if (header.offset % kStripeSize + header.length > kStripeSize) {
-    return Bad("range {:#x}+{:#x} crosses a stripe", header.offset, header.length);
+    return BadFrame("range {:#x}+{:#x} crosses a stripe", header.offset, header.length);
   }
   if (uint32_t owner = ChannelOf(header.block, header.offset, limits.channels); owner != limits.channel) {
-    return Bad("offset {:#x} of block {} belongs to channel {}, not {}", header.offset, header.block,
-               owner + 1, limits.channel + 1);
+    return BadFrame("offset {:#x} of block {} belongs to channel {}, not {}", header.offset, header.block,
+                    owner + 1, limits.channel + 1);
   }
   switch (header.type) {
     case FrameType::kData: {
       if (header.payload != header.length)
-        return Bad("payload {} for a length of {}", header.payload, header.length);
+        return BadFrame("payload {} for a length of {}", header.payload, header.length);
       const uint8_t expected = limits.page_checksums ? kFlagPageChecksums : 0;
-      if (header.flags != expected) return Bad("flags {:#x}, agreed were {:#x}", header.flags, expected);
+      if (header.flags != expected) return BadFrame("flags {:#x}, agreed were {:#x}", header.flags, expected);
       break;
     }
     case FrameType::kZero:
     case FrameType::kFree:
-      if (header.payload != 0) return Bad("payload {} for a run", header.payload);
-      if (header.flags != 0) return Bad("flags {:#x} for a run", header.flags);
+      if (header.payload != 0) return BadFrame("payload {} for a run", header.payload);
+      if (header.flags != 0) return BadFrame("flags {:#x} for a run", header.flags);
       break;
     default:
-      return Bad("type {}", static_cast<unsigned>(header.type));
+      return BadFrame("type {}", static_cast<unsigned>(header.type));
   }
   return header;
 }

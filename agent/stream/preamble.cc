@@ -13,7 +13,7 @@ static_assert(kIdAt + kMaxMigrationId == kTokenAt && kTokenAt + kTokenSize == kU
 
 bool IsIdCharacter(uint8_t c) { return c > 0x20 && c < 0x7f; }
 
-absl::Status Bad(const std::string& why) {
+absl::Status BadPreamble(const std::string& why) {
   return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kInvalidArgument, "preamble: {}", why);
 }
 
@@ -22,22 +22,24 @@ absl::Status Check(const Preamble& preamble) {
   switch (preamble.kind) {
     case PreambleKind::kChannel:
       if (preamble.channel > kMaxDataChannels) {
-        return Bad(fmt::format("channel {} is above the limit of {}", preamble.channel, kMaxDataChannels));
+        return BadPreamble(
+            fmt::format("channel {} is above the limit of {}", preamble.channel, kMaxDataChannels));
       }
       break;
     case PreambleKind::kVerdictQuery:
-      if (preamble.channel != 0) return Bad(fmt::format("verdict query on channel {}", preamble.channel));
+      if (preamble.channel != 0)
+        return BadPreamble(fmt::format("verdict query on channel {}", preamble.channel));
       break;
     default:
-      return Bad(fmt::format("unknown kind {}", static_cast<unsigned>(preamble.kind)));
+      return BadPreamble(fmt::format("unknown kind {}", static_cast<unsigned>(preamble.kind)));
   }
-  if (preamble.migration_id.empty()) return Bad("migration id is empty");
+  if (preamble.migration_id.empty()) return BadPreamble("migration id is empty");
   if (preamble.migration_id.size() > kMaxMigrationId) {
-    return Bad(fmt::format("migration id is longer than {} bytes", kMaxMigrationId));
+    return BadPreamble(fmt::format("migration id is longer than {} bytes", kMaxMigrationId));
   }
   for (char c : preamble.migration_id) {
     if (!IsIdCharacter(static_cast<uint8_t>(c)))
-      return Bad("migration id holds a character outside ASCII's printable range");
+      return BadPreamble("migration id holds a character outside ASCII's printable range");
   }
   return absl::OkStatus();
 }
@@ -45,7 +47,7 @@ absl::Status Check(const Preamble& preamble) {
 }  // namespace
 
 absl::StatusOr<PreambleBytes> EncodePreamble(const Preamble& preamble) {
-  if (preamble.version == 0) return Bad("version 0");
+  if (preamble.version == 0) return BadPreamble("version 0");
   RETURN_IF_ERROR(Check(preamble));
   PreambleBytes bytes{};
   std::memcpy(bytes.data(), kMagic, sizeof(kMagic));
@@ -58,7 +60,8 @@ absl::StatusOr<PreambleBytes> EncodePreamble(const Preamble& preamble) {
 }
 
 absl::StatusOr<Preamble> DecodePreamble(const PreambleBytes& bytes) {
-  if (std::memcmp(bytes.data(), kMagic, sizeof(kMagic)) != 0) return Bad("wrong magic: not a Baton peer");
+  if (std::memcmp(bytes.data(), kMagic, sizeof(kMagic)) != 0)
+    return BadPreamble("wrong magic: not a Baton peer");
   Preamble preamble;
   preamble.version = LoadLe<uint16_t>(&bytes[kVersionAt]);
   if (preamble.version != kProtocolVersion) {
@@ -71,11 +74,11 @@ absl::StatusOr<Preamble> DecodePreamble(const PreambleBytes& bytes) {
   const auto id = bytes.begin() + kIdAt, id_limit = id + kMaxMigrationId;
   const auto id_end = std::find(id, id_limit, 0);
   if (std::any_of(id_end, id_limit, [](uint8_t b) { return b != 0; }))
-    return Bad("migration id is not zero padded");
+    return BadPreamble("migration id is not zero padded");
   preamble.migration_id.assign(id, id_end);
   std::copy_n(&bytes[kTokenAt], kTokenSize, preamble.token.begin());
   if (std::any_of(bytes.begin() + kUnusedAt, bytes.end(), [](uint8_t b) { return b != 0; })) {
-    return Bad("unused bytes are not zero");
+    return BadPreamble("unused bytes are not zero");
   }
   RETURN_IF_ERROR(Check(preamble));
   return preamble;

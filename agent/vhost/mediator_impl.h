@@ -226,7 +226,6 @@ class Mediator::Impl {
   bool rebuild_counts_ = false;
   uint32_t reconnects_ = 0;
   std::string message_;
-  bool log_said_ = false;
   Duration backoff_{};
   Clock::time_point retry_at_{};
   bool logging_ = false;

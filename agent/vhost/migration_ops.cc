@@ -8,11 +8,10 @@
 namespace baton::vhost {
 
 namespace {
-constexpr uint64_t kPage = 4096;
 constexpr Duration kRoundTrip = std::chrono::milliseconds(20);
 
 void SetRange(std::vector<uint64_t>& words, uint64_t gpa, uint64_t size) {
-  for (uint64_t page = gpa / kPage; page <= (gpa + size - 1) / kPage; ++page) {
+  for (uint64_t page = gpa / memory::kPageSize; page <= (gpa + size - 1) / memory::kPageSize; ++page) {
     if (words.size() <= page / 64) words.resize(page / 64 + 1, 0);
     words[page / 64] |= uint64_t{1} << (page % 64);
   }

@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <array>
 
+#include "agent/memory/page_set.h"
 #include "agent/virtio/features.h"
 
 namespace baton::vhost {
 namespace {
-
-constexpr uint64_t kPage = 4096;
 
 // Sizes that are not fixed are those of SET_MEM_TABLE and GET/SET_CONFIG; their inner counts are checked
 // below.
@@ -99,9 +98,9 @@ absl::Status CheckRegion(const MemRegion& r) {
     return invalid(fmt::format("file offsets from {:#x} overflow", r.mmap_offset));
   }
   // Dirty pages are counted by guest page; a region that begins inside one cannot be translated to its file.
-  if (r.gpa % kPage || r.size % kPage || r.mmap_offset % kPage) {
-    return invalid(
-        fmt::format("gpa, size and file offset {:#x} must be multiples of {}", r.mmap_offset, kPage));
+  if (r.gpa % memory::kPageSize || r.size % memory::kPageSize || r.mmap_offset % memory::kPageSize) {
+    return invalid(fmt::format("gpa, size and file offset {:#x} must be multiples of {}", r.mmap_offset,
+                               memory::kPageSize));
   }
   return absl::OkStatus();
 }

@@ -3,12 +3,6 @@
 #include "agent/virtio/split_ring.h"
 
 namespace baton::virtio {
-namespace {
-absl::Status Mismatch(const std::string& what) {
-  return Error(v1::STATE_MISMATCH, absl::StatusCode::kFailedPrecondition, "{}", what);
-}
-}  // namespace
-
 absl::Status CheckPackedGeometry(const PackedRing& ring) {
   auto invalid = [](const std::string& what) { return absl::InvalidArgumentError(what); };
   if (ring.size == 0 || ring.size > kMaxRingSize) {

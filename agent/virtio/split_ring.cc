@@ -16,10 +16,6 @@ struct UsedElem {
 };
 static_assert(sizeof(UsedElem) == 8);
 
-absl::Status Mismatch(const std::string& what) {
-  return Error(v1::STATE_MISMATCH, absl::StatusCode::kFailedPrecondition, "{}", what);
-}
-
 absl::Status Unknown(const std::string& what) {
   return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition, "{}", what);
 }
@@ -100,6 +96,10 @@ absl::StatusOr<std::vector<uint16_t>> OutstandingHeads(const RingCopy& copy, uin
 }
 
 }  // namespace
+
+absl::Status Mismatch(const std::string& what) {
+  return Error(v1::STATE_MISMATCH, absl::StatusCode::kFailedPrecondition, "{}", what);
+}
 
 absl::Status CheckSplitGeometry(const SplitRing& ring) {
   auto invalid = [](const std::string& what) { return absl::InvalidArgumentError(what); };

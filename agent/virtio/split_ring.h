@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "agent/virtio/memory_view.h"
@@ -24,6 +25,9 @@ struct SplitRing {
   uint64_t avail = 0;
   uint64_t used = 0;
 };
+
+// STATE_MISMATCH: what was found cannot be the state of a ring.
+absl::Status Mismatch(const std::string& what);
 
 // Bytes of the three areas, with the event fields at their ends.
 constexpr uint64_t SplitDescBytes(uint32_t n) { return uint64_t{16} * n; }

@@ -7,7 +7,7 @@ namespace baton::server {
 namespace {
 
 // Commands and acknowledgements; an agent that lets so many lie is stuck.
-constexpr size_t kMaxQueued = 4096;
+constexpr size_t kMaxQueuedCommands = 4096;
 
 class SessionStream : public Bidi<v1::AgentMessage, v1::ServerMessage> {
  public:
@@ -27,7 +27,10 @@ class SessionStream : public Bidi<v1::AgentMessage, v1::ServerMessage> {
   };
 
   SessionStream(ApiContext api, Caller caller, std::string peer, Fleet& fleet)
-      : Bidi(api.loop, kMaxQueued), caller_(std::move(caller)), peer_(std::move(peer)), fleet_(fleet) {}
+      : Bidi(api.loop, kMaxQueuedCommands),
+        caller_(std::move(caller)),
+        peer_(std::move(peer)),
+        fleet_(fleet) {}
   void Start(std::shared_ptr<SessionStream> self) {
     weak_ = self;
     Open(std::move(self));

@@ -7,12 +7,12 @@ namespace baton::server {
 namespace {
 
 // Messages of console output are a few KiB each.
-constexpr size_t kMaxQueued = 1024;
+constexpr size_t kMaxQueuedOutput = 1024;
 
 class Console : public Bidi<v1::ConsoleRequest, v1::ConsoleResponse> {
  public:
   Console(ApiContext api, Caller caller, Fleet& fleet)
-      : Bidi(api.loop, kMaxQueued), api_(api), caller_(std::move(caller)), fleet_(fleet) {}
+      : Bidi(api.loop, kMaxQueuedOutput), api_(api), caller_(std::move(caller)), fleet_(fleet) {}
   void Start(std::shared_ptr<Console> self) {
     weak_ = self;
     Open(std::move(self));

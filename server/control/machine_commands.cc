@@ -1,12 +1,8 @@
 // What the present state of a migration wants from its two sides.
 #include "server/control/machine.h"
+#include "server/names.h"
 
 namespace baton::server {
-namespace {
-
-std::string IdOf(const std::string& name) { return name.substr(name.find('/') + 1); }
-
-}  // namespace
 
 void Machine::Issue(CommandKind kind, v1::Role to, v1::Command command, Duration timeout) {
   if (!Up(to) || in_flight_[kind]) return;

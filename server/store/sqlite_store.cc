@@ -26,8 +26,16 @@ CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, number INTEGER NOT NULL);
 INSERT OR IGNORE INTO meta VALUES('revision', 0), ('compacted', 0);
 )";
 
+// The first key behind every key with this prefix; prefixes here end in '/', so no carry is needed.
+std::string EndOf(std::string prefix) {
+  ++prefix.back();
+  return prefix;
+}
+
+}  // namespace
+
 // A prepared statement; reset after each use.
-class Statement {
+class SqliteStore::Statement {
  public:
   Statement() = default;
   Statement(const Statement&) = delete;
@@ -63,7 +71,7 @@ class Statement {
 };
 
 // Resets a statement when a use of it ends, also on an error.
-class Use {
+class SqliteStore::Use {
  public:
   explicit Use(Statement& statement) : statement_(statement) {}
   ~Use() { statement_.Reset(); }
@@ -72,14 +80,6 @@ class Use {
  private:
   Statement& statement_;
 };
-
-// The first key behind every key with this prefix; prefixes here end in '/', so no carry is needed.
-std::string EndOf(std::string prefix) {
-  ++prefix.back();
-  return prefix;
-}
-
-}  // namespace
 
 struct SqliteStore::Statements {
   Statement put, erase, log, get, scan, scan_back, changes, set_meta, compact;

@@ -39,6 +39,8 @@ class SqliteStore : public Store {
   absl::Status TEST_LimitGrowth(int pages);
 
  private:
+  class Statement;
+  class Use;
   struct Statements;
   SqliteStore();
   absl::Status Prepare();

@@ -16,12 +16,6 @@ namespace {
 using nlohmann::json;
 
 // A member of `object` as a string, or "".
-std::string StringAt(const json& object, const char* key) {
-  if (!object.is_object()) return "";
-  auto it = object.find(key);
-  return it != object.end() && it->is_string() ? it->get<std::string>() : "";
-}
-
 int64_t IntegerAt(const json& object, const char* key) {
   if (!object.is_object()) return 0;
   auto it = object.find(key);
@@ -47,6 +41,12 @@ int64_t EventTime(const json& event) {
 std::string Dump(const json& value) { return value.dump(-1, ' ', false, json::error_handler_t::replace); }
 
 }  // namespace
+
+std::string StringAt(const json& object, const char* key) {
+  if (!object.is_object()) return "";
+  auto it = object.find(key);
+  return it != object.end() && it->is_string() ? it->get<std::string>() : "";
+}
 
 absl::StatusOr<std::unique_ptr<QmpClient>> QmpClient::Connect(const std::string& path, Deadline deadline) {
   ASSIGN_OR_RETURN(UniqueFd fd, ConnectUnix(path, deadline));

@@ -21,6 +21,9 @@
 
 namespace baton::vmm {
 
+// A string of an object; empty if it is no object, has no such key, or something else is there.
+std::string StringAt(const nlohmann::json& object, const char* key);
+
 struct QmpEvent {
   uint64_t sequence = 0;  // counts events of this connection, from 1
   std::string name;       // "MIGRATION", "STOP", "SHUTDOWN", …

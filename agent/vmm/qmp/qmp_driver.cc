@@ -32,12 +32,6 @@ bool Is(const std::string& state, std::initializer_list<const char*> states) {
   return std::any_of(states.begin(), states.end(), [&](const char* s) { return state == s; });
 }
 
-std::string StringAt(const json& object, const char* key) {
-  if (!object.is_object()) return "";
-  auto it = object.find(key);
-  return it != object.end() && it->is_string() ? it->get<std::string>() : "";
-}
-
 absl::Status CheckReadable(const std::string& what, const std::string& path) {
   if (path.empty() || ::access(path.c_str(), R_OK) == 0) return absl::OkStatus();
   return ErrnoError(errno, fmt::format("{} {} on this host", what, path));

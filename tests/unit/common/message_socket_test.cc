@@ -28,7 +28,7 @@ struct Pair {
   MessageSocket a, b;
 };
 
-Deadline Soon() { return Deadline::After(seconds(5)); }
+Deadline Shortly() { return Deadline::After(seconds(5)); }
 
 void SendRaw(int fd, const std::string& bytes) {
   ASSERT_EQ(::send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL), static_cast<ssize_t>(bytes.size()));
@@ -43,14 +43,14 @@ TEST(MessageSocket, CarriesMessagesInOrderWithTheirDescriptors) {
   one.set_id(1);
   two.set_id(2);
   two.mutable_accept_channel()->set_preamble("p");
-  ASSERT_TRUE(pair.a.Send(one, Soon()).ok());
-  ASSERT_TRUE(pair.a.Send(two, Soon(), {write_end.get()}).ok());
+  ASSERT_TRUE(pair.a.Send(one, Shortly()).ok());
+  ASSERT_TRUE(pair.a.Send(two, Shortly(), {write_end.get()}).ok());
   v1::ShimRequest got;
   std::vector<UniqueFd> fds;
-  ASSERT_TRUE(pair.b.Receive(got, Soon(), &fds).ok());
+  ASSERT_TRUE(pair.b.Receive(got, Shortly(), &fds).ok());
   EXPECT_EQ(got.id(), 1u);
   EXPECT_TRUE(fds.empty());
-  ASSERT_TRUE(pair.b.Receive(got, Soon(), &fds).ok());
+  ASSERT_TRUE(pair.b.Receive(got, Shortly(), &fds).ok());
   EXPECT_EQ(got.id(), 2u);
   ASSERT_EQ(fds.size(), 1u);
   EXPECT_EQ(::write(fds[0].get(), "x", 1), 1);
@@ -63,9 +63,9 @@ TEST(MessageSocket, CarriesAMessageLargerThanTheSocketBuffer) {
   Pair pair;
   v1::ShimReply big;
   big.set_message(std::string(8u << 20, 'm'));
-  std::thread sender([&] { EXPECT_TRUE(pair.a.Send(big, Soon()).ok()); });
+  std::thread sender([&] { EXPECT_TRUE(pair.a.Send(big, Shortly()).ok()); });
   v1::ShimReply got;
-  EXPECT_TRUE(pair.b.Receive(got, Soon()).ok());
+  EXPECT_TRUE(pair.b.Receive(got, Shortly()).ok());
   sender.join();
   EXPECT_EQ(got.message().size(), 8u << 20);
 }
@@ -74,32 +74,32 @@ TEST(MessageSocket, Send_MessageAboveTheLimit_IsRefused) {
   Pair pair;
   v1::ShimReply big;
   big.set_message(std::string(MessageSocket::kMaxMessage + 1, 'm'));
-  EXPECT_EQ(pair.a.Send(big, Soon()).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(pair.a.Send(big, Shortly()).code(), absl::StatusCode::kInvalidArgument);
 }
 
 TEST(MessageSocket, Receive_LengthAboveTheLimit_ReturnsDataLoss) {
   Pair pair;
   SendRaw(pair.a.fd(), std::string("\xff\xff\xff\x7f", 4));
   v1::ShimReply got;
-  EXPECT_EQ(pair.b.Receive(got, Soon()).code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(pair.b.Receive(got, Shortly()).code(), absl::StatusCode::kDataLoss);
 }
 
 TEST(MessageSocket, Receive_BytesThatDoNotParse_ReturnsDataLoss) {
   Pair pair;
   SendRaw(pair.a.fd(), std::string("\x03\0\0\0\xff\xff\xff", 7));
   v1::ShimReply got;
-  EXPECT_EQ(pair.b.Receive(got, Soon()).code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(pair.b.Receive(got, Shortly()).code(), absl::StatusCode::kDataLoss);
 }
 
 TEST(MessageSocket, Receive_PeerClosed_TellsBetweenFromInside) {
   Pair between;
   between.a.Close();
   v1::ShimReply got;
-  EXPECT_EQ(between.b.Receive(got, Soon()).code(), absl::StatusCode::kOutOfRange);
+  EXPECT_EQ(between.b.Receive(got, Shortly()).code(), absl::StatusCode::kOutOfRange);
   Pair inside;
   SendRaw(inside.a.fd(), std::string("\x03\0\0\0x", 5));
   inside.a.Close();
-  EXPECT_EQ(inside.b.Receive(got, Soon()).code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(inside.b.Receive(got, Shortly()).code(), absl::StatusCode::kDataLoss);
 }
 
 TEST(MessageSocket, Receive_NothingComes_EndsAtTheDeadlineAndCanGoOn) {
@@ -109,7 +109,7 @@ TEST(MessageSocket, Receive_NothingComes_EndsAtTheDeadlineAndCanGoOn) {
   EXPECT_EQ(pair.b.Receive(got, Deadline::After(milliseconds(20))).code(),
             absl::StatusCode::kDeadlineExceeded);
   SendRaw(pair.a.fd(), std::string("\x08\x07", 2));  // field 1, varint 7
-  ASSERT_TRUE(pair.b.Receive(got, Soon()).ok());
+  ASSERT_TRUE(pair.b.Receive(got, Shortly()).ok());
   EXPECT_EQ(got.id(), 7u);
 }
 
@@ -144,7 +144,7 @@ TEST_F(UnixListenerTest, AcceptsAndRemovesItsPath) {
     auto none = listener->Accept();
     ASSERT_TRUE(none.ok());
     EXPECT_FALSE(none->valid());
-    auto client = ConnectUnix(path, Soon());
+    auto client = ConnectUnix(path, Shortly());
     ASSERT_TRUE(client.ok()) << client.status();
     auto accepted = listener->Accept();
     ASSERT_TRUE(accepted.ok());
@@ -161,7 +161,7 @@ TEST_F(UnixListenerTest, Listen_FileOfADeadListener_IsReplaced) {
   ASSERT_EQ(::rename(path.c_str(), (path + "2").c_str()), 0);
   listener->Close();
   ASSERT_EQ(::rename((path + "2").c_str(), path.c_str()), 0);
-  EXPECT_EQ(ConnectUnix(path, Soon()).status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(ConnectUnix(path, Shortly()).status().code(), absl::StatusCode::kUnavailable);
   EXPECT_TRUE(UnixListener::Listen(path).ok());
 }
 
@@ -174,7 +174,7 @@ TEST_F(UnixListenerTest, PathTooLong_NamesPathAndLimit) {
 }
 
 TEST_F(UnixListenerTest, Connect_NoSuchFile_ReturnsNotFound) {
-  EXPECT_EQ(ConnectUnix(dir_ + "/none", Soon()).status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(ConnectUnix(dir_ + "/none", Shortly()).status().code(), absl::StatusCode::kNotFound);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@
 namespace baton::server {
 namespace {
 
-constexpr int64_t kSecond = 1'000'000'000;
+constexpr int64_t kSecondNs = 1'000'000'000;
 
 // One host's side of the migration, as journal, shim and agent keep it.
 struct Side {
@@ -48,7 +48,7 @@ class World {
       case 1:
         return Toggle(destination_, v1::ROLE_DESTINATION);
       case 2:
-        now_ += kSecond * (1 + Roll(40));
+        now_ += kSecondNs * (1 + Roll(40));
         return Feed(Tick{});
       case 3:
         if (Roll(4) == 0) Feed(CancelAsked{});
@@ -88,7 +88,7 @@ class World {
       Reply(destination_);
       Advance();
       if (i % 4 == 3) {
-        now_ += kSecond;
+        now_ += kSecondNs;
         Feed(Tick{});
       }
     }
@@ -389,7 +389,7 @@ class World {
 
   std::mt19937 random_;
   Machine machine_;
-  int64_t now_ = kSecond;
+  int64_t now_ = kSecondNs;
   Side source_, destination_;
   bool prepared_ = false;
   bool began_ = false;

@@ -72,7 +72,7 @@ TEST(Channel, Shutdown_EndsWaitsOfOtherThreads) {
   EXPECT_EQ(b->Read(&byte, 1, Soon()).code(), absl::StatusCode::kCancelled);
 }
 
-v1::PeerMessage Sample(uint32_t round) {
+v1::PeerMessage SampleMessage(uint32_t round) {
   v1::PeerMessage message;
   message.mutable_round_begin()->set_round(round);
   message.mutable_round_begin()->set_bytes(round * 1000);
@@ -113,13 +113,13 @@ TEST(MessageChannel, BigMessage_PassesAndTooBigDoesNot) {
   EXPECT_EQ(received->vmm_state().data(), message.vmm_state().data());
   message.mutable_vmm_state()->set_data(std::string(MessageChannel::kMaxMessage, 'x'));
   EXPECT_EQ(left.Send(message, Soon()).code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_TRUE(left.Send(Sample(1), Soon()).ok()) << "a refused message leaves the channel as it was";
+  EXPECT_TRUE(left.Send(SampleMessage(1), Soon()).ok()) << "a refused message leaves the channel as it was";
 }
 
 TEST(MessageChannel, Timeout_KeepsWhatHasArrived) {
   auto [a, b] = ChannelPair();
   MessageChannel right(std::move(b));
-  std::string body = Sample(5).SerializeAsString();
+  std::string body = SampleMessage(5).SerializeAsString();
   std::string bytes = std::string(1, static_cast<char>(body.size())) + std::string(3, '\0') + body;
   for (char byte : bytes) {
     EXPECT_EQ(right.Receive(Deadline::After(std::chrono::milliseconds(1))).status().code(),

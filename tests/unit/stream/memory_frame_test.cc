@@ -21,7 +21,7 @@ FrameLimits Limits() {
   return limits;
 }
 
-FrameHeader Sample() {
+FrameHeader SampleHeader() {
   FrameHeader header;
   header.type = FrameType::kData;
   header.flags = kFlagPageChecksums;
@@ -39,10 +39,10 @@ absl::StatusOr<FrameHeader> Recode(const FrameHeader& header, const FrameLimits&
 }
 
 TEST(MemoryFrame, RoundTrip) {
-  auto decoded = Recode(Sample());
+  auto decoded = Recode(SampleHeader());
   ASSERT_TRUE(decoded.ok()) << decoded.status();
-  EXPECT_EQ(*decoded, Sample());
-  FrameHeader zero = Sample();
+  EXPECT_EQ(*decoded, SampleHeader());
+  FrameHeader zero = SampleHeader();
   zero.type = FrameType::kZero;
   zero.flags = 0;
   zero.payload = 0;
@@ -51,7 +51,7 @@ TEST(MemoryFrame, RoundTrip) {
 
 TEST(MemoryFrame, EveryFlippedBit_IsRefused) {
   FrameHeaderBytes good;
-  EncodeFrameHeader(Sample(), good.data());
+  EncodeFrameHeader(SampleHeader(), good.data());
   for (size_t bit = 0; bit < kFrameHeaderSize * 8; ++bit) {
     FrameHeaderBytes bytes = good;
     bytes[bit / 8] = static_cast<uint8_t>(bytes[bit / 8] ^ 1u << bit % 8);
@@ -64,7 +64,7 @@ TEST(MemoryFrame, EveryFlippedBit_IsRefused) {
 // With a good checksum, so that each rule is met by itself.
 TEST(MemoryFrame, HostileFields_AreRefused) {
   auto refused = [](auto change, const char* what) {
-    FrameHeader header = Sample();
+    FrameHeader header = SampleHeader();
     change(header);
     auto decoded = Recode(header);
     EXPECT_FALSE(decoded.ok()) << what;

@@ -10,7 +10,7 @@
 namespace baton::stream {
 namespace {
 
-Preamble Sample() {
+Preamble SamplePreamble() {
   Preamble preamble;
   preamble.kind = PreambleKind::kChannel;
   preamble.channel = 3;
@@ -19,14 +19,14 @@ Preamble Sample() {
   return preamble;
 }
 
-PreambleBytes SampleBytes() { return EncodePreamble(Sample()).value(); }
+PreambleBytes SampleBytes() { return EncodePreamble(SamplePreamble()).value(); }
 
 TEST(Preamble, RoundTrip) {
   auto decoded = DecodePreamble(SampleBytes());
   ASSERT_TRUE(decoded.ok()) << decoded.status();
-  EXPECT_EQ(*decoded, Sample());
+  EXPECT_EQ(*decoded, SamplePreamble());
 
-  Preamble query = Sample();
+  Preamble query = SamplePreamble();
   query.kind = PreambleKind::kVerdictQuery;
   query.channel = 0;
   query.migration_id = std::string(kMaxMigrationId, 'x');
@@ -62,17 +62,17 @@ TEST(Preamble, OtherVersion_IsRefusedWithBothVersions) {
 }
 
 TEST(Preamble, BadFields_CannotBeEncoded) {
-  Preamble preamble = Sample();
+  Preamble preamble = SamplePreamble();
   preamble.migration_id = "";
   EXPECT_FALSE(EncodePreamble(preamble).ok());
   preamble.migration_id = std::string(kMaxMigrationId + 1, 'x');
   EXPECT_FALSE(EncodePreamble(preamble).ok());
   preamble.migration_id = std::string("a\0b", 3);
   EXPECT_FALSE(EncodePreamble(preamble).ok());
-  preamble = Sample();
+  preamble = SamplePreamble();
   preamble.channel = kMaxDataChannels + 1;
   EXPECT_FALSE(EncodePreamble(preamble).ok());
-  preamble = Sample();
+  preamble = SamplePreamble();
   preamble.kind = PreambleKind::kVerdictQuery;
   EXPECT_FALSE(EncodePreamble(preamble).ok()) << "a query has channel 0";
   preamble.kind = PreambleKind::kInvalid;

@@ -9,10 +9,6 @@
 #include <filesystem>
 
 namespace baton::vhost {
-namespace {
-Deadline Soon() { return Deadline::After(std::chrono::seconds(5)); }
-}  // namespace
-
 BackendThread::BackendThread(lab::LabBackendOptions options) : stop_(::eventfd(0, EFD_CLOEXEC)) {
   auto backend = lab::LabBackend::Create(std::move(options));
   EXPECT_TRUE(backend.ok()) << backend.status();

@@ -16,6 +16,8 @@
 
 namespace baton::vhost {
 
+inline Deadline Soon() { return Deadline::After(std::chrono::seconds(5)); }
+
 // A lab back-end on a thread.
 class BackendThread {
  public:

@@ -12,8 +12,6 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::seconds;
 
-Deadline Soon() { return Deadline::After(seconds(5)); }
-
 class MediatorTest : public MediatorFixture {
  protected:
   // A mediator, a VMM and a running ring; harvests go to the VMM's memory.
