@@ -5,7 +5,7 @@
 #   shell       every shell script, by shellcheck
 #   packages    the list of packages is one that Debian can install, and it is complete
 #   prometheus  rules and their tests
-#   tidy        clang-tidy on every C++ file (files that have not changed since they last passed are not looked at again)
+#   tidy        clang-tidy on every C++ file (what has not changed since it last passed is not looked at again)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # shellcheck source=scripts/lib.sh
@@ -29,32 +29,30 @@ fix() { cxx_files | xargs clang-format -i; }
 
 shell() { shell_files | xargs shellcheck --external-sources; }
 
-# Commands that scripts and tests of this repository start, each with the package that must be listed for it.
+# Everything that Debian installs for the list on a machine with nothing on it, and what is on every machine.
+installed_for_the_list() {
+  # shellcheck disable=SC2046 # a list of words
+  apt-get install --dry-run --no-install-recommends -o Dir::State::status=/dev/null $(packages) | awk '/^Inst / { print $2 }'
+  dpkg-query -W -f '${Priority} ${Package}\n' | awk '$1 == "required" { print $2 }'
+}
+
+# Commands that scripts and tests of this repository start must come with the list.
 package_list() {
   local names missing=0 path package
-  names=$(packages)
-  # shellcheck disable=SC2086 # a list of words
-  apt-get -qq install --dry-run --no-install-recommends $names >/dev/null || return 1
-  for command in cmake ninja ccache g++ protoc grpc_cpp_plugin clang++-14 spin clang-format clang-tidy shellcheck \
-    promtool qemu-system-x86_64 qemu-storage-daemon qemu-img busybox cpio modprobe ip openssl unshare ps curl python3; do
+  names=$(installed_for_the_list) || return 1
+  for command in cmake ninja ccache g++ ld.lld protoc grpc_cpp_plugin clang++-14 spin clang-format clang-tidy shellcheck \
+    promtool git qemu-system-x86_64 qemu-storage-daemon qemu-img linux.uml busybox cpio gzip strip ldd modprobe ip openssl \
+    unshare nsenter mount flock setsid timeout ps curl python3; do
     path=$(command -v "$command") || { echo "$command is not installed"; missing=1; continue; }
     # The file may be known to dpkg under /bin or under /usr/bin, and may be a link of update-alternatives.
     package=$( (dpkg-query -S "$path" || dpkg-query -S "$(readlink -f "$path")" || dpkg-query -S "${path#/usr}") 2>/dev/null |
       head -n 1 | cut -d: -f1)
-    if [ -z "$package" ]; then continue; fi
-    # A listed package, or one that a listed package depends on.
-    if ! grep -qx "$package" <<<"$names" && ! depends_on "$package" "$names"; then
+    if [ -n "$package" ] && ! grep -qx "$package" <<<"$names"; then
       echo "$command comes from package $package, which deps/packages.txt neither lists nor implies"
       missing=1
     fi
   done
   return "$missing"
-}
-
-depends_on() {
-  # shellcheck disable=SC2086
-  apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances \
-    --installed $2 2>/dev/null | grep -qE "^(${1})(:|\$)"
 }
 
 prometheus() {
@@ -69,11 +67,11 @@ prometheus() {
 }
 
 tidy() {
-  # A tree of its own: clang++, so that the flags are its own, and no precompiled headers, which are GCC's.
-  if [ ! -f build/lint/build.ninja ]; then
-    cmake --preset debug -B build/lint -DCMAKE_CXX_COMPILER=clang++-14 -DCMAKE_C_COMPILER=clang-14 \
-      -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON >build/configure-lint.log || return 1
-  fi
+  # A tree of its own: clang++, so that the flags are its own; no precompiled headers, which are GCC's; unity files, of
+  # which scripts/tidy.py says why. Configured each time, as the unity files are written then.
+  cmake --preset debug -B build/lint -DCMAKE_CXX_COMPILER=clang++-14 -DCMAKE_C_COMPILER=clang-14 \
+    -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=12 \
+    >build/configure-lint.log || return 1
   cmake --build build/lint --target baton_generated >build/build-lint.log || {
     tail -n 40 build/build-lint.log
     return 1

@@ -203,7 +203,7 @@ absl::Status MigrationHost::StartIncoming(bool recover) {
   auto engine = recover ? migration::IncomingMigration::Recover(std::move(options), std::move(parts))
                         : migration::IncomingMigration::Start(std::move(options), std::move(parts));
   if (!engine.ok()) return engine.status();
-  incoming_.emplace();
+  incoming_ = Incoming{};
   incoming_->id = config.migration_id();
   incoming_->engine = *std::move(engine);
   vm_.SetMigration(incoming_->id);

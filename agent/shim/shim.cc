@@ -390,7 +390,7 @@ void Shim::Inspect(const v1::InspectVmCommand& command, Respond respond) {
   auto done = [result, respond] {
     if (!result->ok()) return respond(result->status());
     v1::ShimReply reply;
-    *reply.mutable_inspection() = **std::move(result);
+    *reply.mutable_inspection() = *std::move(*result);
     respond(std::move(reply));
   };
   absl::Status status = StartTask("inspecting the VM", std::move(work), std::move(done));
