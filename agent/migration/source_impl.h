@@ -114,8 +114,9 @@ class OutgoingMigration::Impl {
   int waiters_ = 0;  // threads inside Wait()
   std::unique_ptr<VerdictAsker> asker_;
   // Set once by the main thread, under mutex_; the objects serve any thread.
-  std::unique_ptr<ControlLink> link_;
   std::unique_ptr<stream::MemorySender> sender_;
+  // Ends first: until its thread has ended, that may tell of a lost link and cancel the sender.
+  std::unique_ptr<ControlLink> link_;
 
   std::atomic<bool> vmm_dead_{false}, ticking_{false}, monitor_done_{false};
   std::atomic<uint32_t> round_{0};
