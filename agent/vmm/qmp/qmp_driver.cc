@@ -118,6 +118,8 @@ absl::StatusOr<std::unique_ptr<QmpDriver>> QmpDriver::Adopt(const ProcessId& pro
                                                             const std::string& log_path, Deadline deadline) {
   auto pidfd = OpenPidfd(process);
   if (!pidfd.ok()) return Annotate(pidfd.status(), fmt::format("QEMU with pid {} is gone", process.pid));
+  if (WaitPidfd(pidfd->get(), Deadline::After(Duration(0))).ok())
+    return Error(absl::StatusCode::kNotFound, "QEMU with pid {} has ended", process.pid);
   uint64_t log_size = 0;
   ASSIGN_OR_RETURN(UniqueFd log, OpenLog(log_path, log_size));
   std::unique_ptr<QmpDriver> driver(new QmpDriver(process, *std::move(pidfd), log_path, log_size));
