@@ -55,8 +55,7 @@ class Faults(ClusterTest):
         """Kills the VM's only process of that kind, and waits until it is dead: a VMM takes a while to end."""
         found = self.cluster.agents[host].find(program)
         self.assertEqual(len(found), 1, f"{program} on {host}: {found}")
-        found[0].kill()
-        wait_until(lambda: not found[0].alive(), f"end of {found[0]}", 20)
+        found[0].end()
 
     def fault_batond(self):
         self.cluster.batond.kill()

@@ -2,6 +2,7 @@
 import atexit
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -43,6 +44,16 @@ class Found:
         if self.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+
+    def end(self, timeout=20):
+        """Kills it and waits until its last thread has ended: the first is a zombie while others still run."""
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            self.kill()
+            if not select.select([pidfd], [], [], timeout)[0]:
+                raise LabError(f"{self} does not end")
+        finally:
+            os.close(pidfd)
 
     def __repr__(self):
         return f"{self.program}[{self.pid}]@{self.host}"
