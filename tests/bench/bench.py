@@ -57,6 +57,7 @@ class QemuGuest:
                              os.path.join(self.cluster.guest_dir, "vmlinuz"),
                              os.path.join(self.cluster.guest_dir, "initrd.gz"))
         self.guest = DirectGuest(self.cluster, self.pair)
+        self.guest.wait_ready()
         self.guest.wait_writes(1)
 
     def freeze(self):

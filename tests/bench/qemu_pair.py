@@ -42,7 +42,7 @@ class DirectGuest(Guest):
         super().__init__(cluster, "qemu")
         self.pair = pair
 
-    def _session(self, letter, word, deadline):
+    def _session(self, letter, find, deadline):
         text = ""
         with socket.socket(socket.AF_UNIX) as console:
             console.connect(self.pair.console)
@@ -56,9 +56,9 @@ class DirectGuest(Guest):
                 if not data:
                     break
                 text += data.decode(errors="replace")
-                line = self.answer(text, word)
-                if line:
-                    return line, text
+                found = find(text)
+                if found:
+                    return found, text
         return None, text
 
 
