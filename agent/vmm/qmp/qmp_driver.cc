@@ -218,7 +218,7 @@ absl::StatusOr<std::string> QmpDriver::AwaitMigration(uint64_t after,
 absl::StatusOr<std::vector<Obstacle>> QmpDriver::Obstacles(Deadline deadline) {
   std::vector<Obstacle> found;
   ASSIGN_OR_RETURN(json info, Execute("query-migrate", json::object(), deadline));
-  // Devices that cannot be moved, a -only-migratable that was not asked for (QEMU since 6.0).
+  // Devices that cannot be moved, and settings that rule a migration out (QEMU tells since 6.0).
   if (auto reasons = info.find("blocked-reasons"); reasons != info.end() && reasons->is_array()) {
     for (const json& reason : *reasons) {
       found.push_back({"VMM_BLOCKS_MIGRATION", "VMM",
