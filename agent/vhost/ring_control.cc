@@ -99,7 +99,7 @@ absl::Status Mediator::Impl::CheckInflightPart(uint32_t index, uint16_t used_idx
   ASSIGN_OR_RETURN(
       auto set, virtio::ReadInflightSplit(part, static_cast<uint16_t>(record_.vrings[index].num), used_idx));
   LOG_INFO("device {}: ring {}: {} requests in flight will be submitted again", name(), index,
-           set.heads.size());
+           set.size());
   return absl::OkStatus();
 }
 

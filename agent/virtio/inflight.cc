@@ -6,91 +6,227 @@
 namespace baton::virtio {
 namespace {
 
-constexpr uint64_t Align64(uint64_t value) { return (value + 63) / 64 * 64; }
+constexpr uint16_t kNextFlag = 1;
 
-absl::Status Bad(const std::string& what) {
-  return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition, "in-flight region: {}", what);
+absl::Status NoRegion(const std::string& what) {
+  return Error(absl::StatusCode::kInvalidArgument, "in-flight region: {}", what);
+}
+
+absl::Status CheckPartSize(std::span<const uint8_t> part, RingFormat format, uint16_t desc_num) {
+  const uint64_t need = InflightPartBytes(format, desc_num);
+  if (desc_num == 0 || desc_num > kMaxRingSize || part.size() < need) {
+    return NoRegion(fmt::format("{} bytes for {} entries, {} needed", part.size(), desc_num, need));
+  }
+  return absl::OkStatus();
+}
+
+template <typename T>
+void Put(std::span<uint8_t> part, size_t at, const T& value) {
+  std::memcpy(part.data() + at, &value, sizeof value);
+}
+
+void WriteSplitRequests(std::span<uint8_t> part, const InflightSet& set) {
+  uint64_t counter = 0;
+  for (const InflightRequest& r : set.requests) {
+    InflightSplitDesc desc{};
+    desc.inflight = 1;
+    desc.counter = ++counter;
+    Put(part, sizeof(InflightSplitHeader) + sizeof desc * size_t{r.id}, desc);
+  }
+}
+
+// Chains in consecutive entries from 0 on; what is left over is the free list.
+void WritePackedRequests(std::span<uint8_t> part, uint16_t desc_num, const InflightSet& set) {
+  uint16_t at = 0;
+  uint64_t counter = 0;
+  for (const InflightRequest& r : set.requests) {
+    const uint16_t head = at;
+    for (const InflightDesc& d : set.DescsOf(r)) {
+      InflightPackedDesc entry{};
+      if (at == head) {
+        entry.inflight = 1;
+        entry.last = static_cast<uint16_t>(head + r.num - 1);
+        entry.num = r.num;
+        entry.counter = ++counter;
+      }
+      entry.next = static_cast<uint16_t>(at + 1);
+      entry.id = d.id;
+      entry.flags = d.flags;
+      entry.len = d.len;
+      entry.addr = d.addr;
+      Put(part, sizeof(InflightPackedHeader) + sizeof entry * size_t{at}, entry);
+      ++at;
+    }
+  }
+  InflightPackedHeader header{};
+  header.version = kInflightVersion;
+  header.desc_num = desc_num;
+  header.free_head = header.old_free_head = at;
+  header.used_idx = header.old_used_idx = set.used.idx;
+  header.used_wrap_counter = header.old_used_wrap_counter = set.used.wrap;
+  Put(part, 0, header);
 }
 
 }  // namespace
 
-absl::StatusOr<uint64_t> InferSplitStride(uint64_t mmap_size, uint16_t num_queues, uint16_t queue_size) {
-  auto invalid = [](const std::string& what) {
-    return absl::InvalidArgumentError("in-flight region: " + what);
-  };
-  if (num_queues == 0 || queue_size == 0) return invalid("no queues");
-  if (mmap_size % num_queues) {
-    return invalid(fmt::format("{} bytes cannot be divided among {} queues", mmap_size, num_queues));
-  }
-  uint64_t stride = mmap_size / num_queues;
-  uint64_t plain = sizeof(InflightSplitHeader) + sizeof(InflightSplitDesc) * uint64_t{queue_size};
-  if (stride != plain && stride != Align64(plain)) {
-    return invalid(fmt::format("{} bytes a queue of {} entries is no known layout ({} or {})", stride,
-                               queue_size, plain, Align64(plain)));
-  }
-  return stride;
+std::vector<uint16_t> InflightSet::Ids() const {
+  std::vector<uint16_t> out;
+  out.reserve(requests.size());
+  for (const InflightRequest& r : requests) out.push_back(r.id);
+  return out;
 }
 
-absl::Status InitInflightSplit(std::span<uint8_t> part, uint16_t desc_num, uint16_t used_idx) {
-  uint64_t need = sizeof(InflightSplitHeader) + sizeof(InflightSplitDesc) * uint64_t{desc_num};
-  if (part.size() < need) {
-    return Error(absl::StatusCode::kInvalidArgument, "in-flight region: {} bytes for {} entries, {} needed",
-                 part.size(), desc_num, need);
+uint32_t InflightSet::slots() const {
+  return static_cast<uint32_t>(format == RingFormat::kSplit ? requests.size() : descs.size());
+}
+
+InflightSet SetOf(const SplitPartState& state, uint16_t used_idx) {
+  InflightSet set;
+  set.format = RingFormat::kSplit;
+  set.requests.reserve(state.heads.size());
+  for (uint16_t head : state.heads) set.requests.push_back({head, 0, 0, state.desc[head].counter});
+  set.used.idx = used_idx;
+  set.avail.idx = static_cast<uint16_t>(used_idx + state.heads.size());
+  set.repaired = static_cast<uint16_t>(state.repaired.size());
+  return set;
+}
+
+InflightSet SetOf(const PackedPartState& state, uint16_t ring_size) {
+  InflightSet set;
+  set.format = RingFormat::kPacked;
+  set.requests.reserve(state.heads.size());
+  set.descs.reserve(state.desc_num - state.free_entries);
+  set.used = set.avail = state.used;
+  for (uint16_t head : state.heads) {
+    const InflightPackedDesc& h = state.desc[head];
+    set.requests.push_back(
+        {state.desc[h.last].id, h.num, static_cast<uint32_t>(set.descs.size()), h.counter});
+    uint16_t e = head;
+    for (uint16_t k = 0; k < h.num; ++k, e = state.desc[e].next) {
+      set.descs.push_back({state.desc[e].addr, state.desc[e].len, state.desc[e].id, state.desc[e].flags});
+    }
+    set.avail = Advance(set.avail, h.num, ring_size);
   }
-  std::memset(part.data(), 0, part.size());
-  InflightSplitHeader header{
-      .features = 0, .version = 1, .desc_num = desc_num, .last_batch_head = 0, .used_idx = used_idx};
-  std::memcpy(part.data(), &header, sizeof header);
-  return absl::OkStatus();
+  if (state.commit) set.repaired = static_cast<uint16_t>(state.repaired.size());
+  return set;
 }
 
 absl::StatusOr<InflightSet> ReadInflightSplit(std::span<const uint8_t> part, uint16_t ring_size,
-                                              uint16_t used_idx) {
-  InflightSplitHeader header;
-  if (part.size() < sizeof header) return Bad(fmt::format("{} bytes are too few for a header", part.size()));
-  std::memcpy(&header, part.data(), sizeof header);
+                                              uint16_t used_idx, BatchRule rule) {
+  ASSIGN_OR_RETURN(SplitPartState state, AnalyseSplitPart(part, ring_size, used_idx, rule));
+  return SetOf(state, used_idx);
+}
+
+absl::StatusOr<InflightSet> ReadInflightPacked(std::span<const uint8_t> part, const MemoryView& memory,
+                                               const PackedRing& ring) {
+  ASSIGN_OR_RETURN(PackedPartState state, AnalysePackedPart(part, memory, ring));
+  if (state.desc_num == 0) {
+    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+                 "in-flight region: the back-end has not begun to use it");
+  }
+  InflightSet set = SetOf(state, ring.size);
+  RETURN_IF_ERROR(WithReason(CheckInflightSet(ring.size, set), v1::INFLIGHT_UNKNOWN));
+  return set;
+}
+
+absl::StatusOr<InflightSet> InflightFromInOrderSplit(const MemoryView& memory, const SplitRing& ring,
+                                                     uint16_t last_avail) {
+  RETURN_IF_ERROR(CheckSplitGeometry(ring));
+  ASSIGN_OR_RETURN(SplitIndices indices, ReadSplitIndices(memory, ring));
+  RETURN_IF_ERROR(CheckSplitInvariants(ring.size, last_avail, indices));
+  std::vector<uint16_t> avail(ring.size);
+  RETURN_IF_ERROR(memory.Read(ring.avail + 4, avail.data(), size_t{ring.size} * 2));
+  InflightSet set;
+  set.used.idx = indices.used;
+  set.avail.idx = last_avail;
+  for (uint16_t i = indices.used; i != last_avail; ++i) {
+    set.requests.push_back({avail[i % ring.size], 0, 0, set.requests.size() + 1});
+  }
+  RETURN_IF_ERROR(CheckInflightSplit(ring.size, indices, set));
+  return set;
+}
+
+absl::StatusOr<InflightSet> InflightFromInOrderPacked(const MemoryView& memory, const PackedRing& ring,
+                                                      PackedBase base) {
+  RETURN_IF_ERROR(CheckPackedGeometry(ring));
+  RETURN_IF_ERROR(CheckPackedInvariants(ring.size, base));
+  std::vector<InflightDesc> slots(ring.size);
+  RETURN_IF_ERROR(memory.Read(ring.desc, slots.data(), PackedDescBytes(ring.size)));
+  InflightSet set;
+  set.format = RingFormat::kPacked;
+  set.used = base.used;
+  set.avail = base.avail;
+  uint16_t num = 0;
+  PackedPosition at = base.used;
+  for (int32_t left = Distance(base.used, base.avail, ring.size); left > 0; --left) {
+    const InflightDesc& d = slots[at.idx];
+    if (!IsPackedAvail(d.flags, at.wrap)) {
+      return Mismatch(
+          fmt::format("slot {} (wrap {}) between used and avail position is not available", at.idx, at.wrap));
+    }
+    set.descs.push_back(d);
+    ++num;
+    if (!(d.flags & kNextFlag)) {
+      const uint32_t first = static_cast<uint32_t>(set.descs.size() - num);
+      set.requests.push_back({d.id, num, first, set.requests.size() + 1});
+      num = 0;
+    }
+    at = Advance(at, 1, ring.size);
+  }
+  if (num) return Mismatch(fmt::format("the avail position {} is inside a chain", base.avail.idx));
+  RETURN_IF_ERROR(CheckInflightPacked(ring.size, set));
+  return set;
+}
+
+absl::StatusOr<InflightSet> RewindSplit(const MemoryView& memory, const SplitRing& ring,
+                                        const InflightSet& set, bool in_order, bool rewindable) {
+  auto illegal = [](const std::string& what) {
+    return Error(absl::StatusCode::kFailedPrecondition, "cannot rewind: {}", what);
+  };
+  if (set.format != RingFormat::kSplit) return illegal("the ring is packed");
+  if (set.empty()) return set;
+  if (!in_order) return illegal("without IN_ORDER avail entries in flight may have been overwritten");
+  if (!rewindable) return illegal("requests in flight may have had an effect");
+  ASSIGN_OR_RETURN(InflightSet entries, InflightFromInOrderSplit(memory, ring, set.last_avail()));
+  if (entries.used.idx != set.used.idx || entries.Ids() != set.Ids()) {
+    return illegal("the avail entries from used->idx on are not the requests in flight");
+  }
   InflightSet out;
-  out.last_avail = used_idx;
-  if (header.version == 0) return out;
-  if (header.version != 1) return Bad(fmt::format("unknown version {}", header.version));
-  const uint16_t n = header.desc_num;
-  if (n == 0) return out;
-  if (part.size() < sizeof header + sizeof(InflightSplitDesc) * uint64_t{n}) {
-    return Bad(fmt::format("desc_num {} does not fit into {} bytes", n, part.size()));
-  }
-  std::vector<InflightSplitDesc> desc(n);
-  std::memcpy(desc.data(), part.data() + sizeof header, sizeof(InflightSplitDesc) * size_t{n});
-  if (header.last_batch_head >= n)
-    return Bad(fmt::format("last_batch_head {} of {}", header.last_batch_head, n));
-  for (uint16_t i = 0; i < n; ++i) {
-    if (desc[i].inflight > 1)
-      return Bad(fmt::format("flag {} of entry {} is neither 0 nor 1", desc[i].inflight, i));
-    if (desc[i].inflight && i >= ring_size)
-      return Bad(fmt::format("entry {} is in flight in a ring of {}", i, ring_size));
-  }
-  // Completions published in the ring whose flags the back-end had no time to clear: the last batch, linked
-  // from last_batch_head.
-  const uint16_t published = static_cast<uint16_t>(used_idx - header.used_idx);
-  if (published > ring_size) {
-    return Bad(fmt::format("used_idx {} is {} behind the ring's {}, more than its {} entries",
-                           header.used_idx, published, used_idx, ring_size));
-  }
-  uint16_t entry = header.last_batch_head;
-  for (uint16_t k = 0; k < published; ++k) {
-    if (entry >= n) return Bad(fmt::format("the list of the last batch leads to entry {} of {}", entry, n));
-    out.repaired += desc[entry].inflight;
-    desc[entry].inflight = 0;
-    entry = desc[entry].next;
-  }
-  for (uint16_t i = 0; i < n; ++i) {
-    if (desc[i].inflight) out.heads.push_back(i);
-  }
-  if (out.heads.size() > ring_size)
-    return Bad(fmt::format("{} in flight in a ring of {}", out.heads.size(), ring_size));
-  std::stable_sort(out.heads.begin(), out.heads.end(),
-                   [&](uint16_t a, uint16_t b) { return desc[a].counter < desc[b].counter; });
-  out.last_avail = static_cast<uint16_t>(used_idx + out.heads.size());
+  out.used = out.avail = set.used;
   return out;
+}
+
+absl::Status InitInflightSplit(std::span<uint8_t> part, uint16_t desc_num, uint16_t used_idx) {
+  InflightSet set;
+  set.used.idx = set.avail.idx = used_idx;
+  return WriteInflight(part, desc_num, set);
+}
+
+absl::Status InitInflightPacked(std::span<uint8_t> part, uint16_t desc_num, PackedPosition used) {
+  InflightSet set;
+  set.format = RingFormat::kPacked;
+  set.used = set.avail = used;
+  return WriteInflight(part, desc_num, set);
+}
+
+absl::Status WriteInflight(std::span<uint8_t> part, uint16_t desc_num, const InflightSet& set) {
+  RETURN_IF_ERROR(CheckPartSize(part, set.format, desc_num));
+  if (absl::Status ok = CheckInflightSet(desc_num, set); !ok.ok()) return NoRegion(Message(ok));
+  std::memset(part.data(), 0, part.size());
+  if (set.format == RingFormat::kPacked) {
+    if (set.used.idx >= desc_num)
+      return NoRegion(fmt::format("used position {} of {}", set.used.idx, desc_num));
+    RETURN_IF_ERROR(FormatPackedEntries(part, desc_num));
+    WritePackedRequests(part, desc_num, set);
+    return absl::OkStatus();
+  }
+  WriteSplitRequests(part, set);
+  InflightSplitHeader header{};
+  header.version = kInflightVersion;
+  header.desc_num = desc_num;
+  header.used_idx = set.used.idx;
+  Put(part, 0, header);
+  return absl::OkStatus();
 }
 
 }  // namespace baton::virtio

@@ -1,10 +1,11 @@
-// The in-flight region of vhost-user (INFLIGHT_SHMFD), split rings: shared memory in which a back-end notes
-// what it has fetched and not yet completed, so that its successor can submit it again. Pure: works on byte
-// copies.
+// The requests that a device has fetched and not completed: read from an in-flight region or an in-order
+// ring, checked, and written into a region for another back-end. Pure: works on byte copies and MemoryView.
 //
-// Security model: the region is written by the back-end and may have been kept by a VMM; every field is
-// checked before it is used (counts, indices, flags, list lengths), and a region is copied once before it is
-// judged.
+// Security model: a region is written by a back-end and may have been kept by a VMM, rings are written by the
+// guest; every field is checked before it is used (counts, indices, flags, list lengths), and what is judged
+// is a copy that was taken once.
+//
+// Exact or nothing: whatever cannot be told is INFLIGHT_UNKNOWN, never a guess.
 #pragma once
 
 #include <cstddef>
@@ -12,50 +13,164 @@
 #include <span>
 #include <vector>
 
+#include "agent/virtio/inflight_layout.h"
+#include "agent/virtio/inflight_recovery.h"
+#include "agent/virtio/memory_view.h"
+#include "agent/virtio/packed_ring.h"
+#include "agent/virtio/split_ring.h"
+#include "agent/virtio/vring_base.h"
 #include "common/status.h"
 
 namespace baton::virtio {
 
-// Layout as in vhost-user.rst ("Inflight I/O tracking").
-struct InflightSplitHeader {
-  uint64_t features;
-  uint16_t version;  // 0: not initialised; 1
-  uint16_t desc_num;
-  uint16_t last_batch_head;
-  uint16_t used_idx;
+// One descriptor of a packed chain, as the driver wrote it into the ring (little-endian).
+struct InflightDesc {
+  uint64_t addr = 0;
+  uint32_t len = 0;
+  uint16_t id = 0;
+  uint16_t flags = 0;
+  friend bool operator==(const InflightDesc&, const InflightDesc&) = default;
 };
-struct InflightSplitDesc {
-  uint8_t inflight;
-  uint8_t padding[5];
-  uint16_t next;
-  uint64_t counter;
+static_assert(sizeof(InflightDesc) == 16);
+
+struct InflightRequest {
+  // Split: the head's index in the descriptor table. Packed: the buffer id.
+  uint16_t id = 0;
+  // Packed: the chain is descs[first, first + num) of the set. Split: 0, the chain stays in the descriptor
+  // table.
+  uint16_t num = 0;
+  uint32_t first = 0;
+  // Order of fetching; ascending within a set.
+  uint64_t counter = 0;
+  friend bool operator==(const InflightRequest&, const InflightRequest&) = default;
 };
-static_assert(sizeof(InflightSplitHeader) == 16 && sizeof(InflightSplitDesc) == 16);
 
-// Bytes from one queue's part of the region to the next are not in the specification; they belong to the
-// back-end that made the region. libvhost-user and DPDK round 16 + 16 n up to 64, yc-libvhost does not round.
-// Returns the stride if the region is divided evenly and the stride is one of these; InvalidArgument
-// otherwise.
-absl::StatusOr<uint64_t> InferSplitStride(uint64_t mmap_size, uint16_t num_queues, uint16_t queue_size);
-
-// Writes "initialised, nothing in flight" into one queue's part. `used_idx` must be the ring's used->idx: a
-// region created for a ring that already ran and left at 0 makes back-ends forget descriptor 0 at the first
-// recovery. `part` must hold 16 + 16 * desc_num bytes.
-absl::Status InitInflightSplit(std::span<uint8_t> part, uint16_t desc_num, uint16_t used_idx);
-
-// What a recovering back-end will make of a queue's part.
+// Everything about one stopped queue that its successor needs. A value: it is shipped (proto), compared,
+// replayed.
 struct InflightSet {
-  // Heads to submit again, oldest first.
-  std::vector<uint16_t> heads;
-  // A head whose completion was published, but whose flag had not been cleared, is not in `heads`.
+  RingFormat format = RingFormat::kSplit;
+  // Oldest first.
+  std::vector<InflightRequest> requests;
+  // Packed: the saved chains, in the order of `requests`.
+  std::vector<InflightDesc> descs;
+  // Split: the ring's used->idx (`idx`; `wrap` means nothing). Packed: the device's used position.
+  PackedPosition used;
+  // Split: next avail entry to fetch, used + requests (`idx`). Packed: next descriptor to fetch.
+  PackedPosition avail;
+  // Requests whose completion the guest has seen although their flag was still set; they are not in
+  // `requests`.
   uint16_t repaired = 0;
-  // Next avail entry to fetch: used->idx + heads.
-  uint16_t last_avail = 0;
+
+  bool empty() const { return requests.empty(); }
+  size_t size() const { return requests.size(); }
+  // Split: the next avail entry to fetch.
+  uint16_t last_avail() const { return avail.idx; }
+  std::span<const InflightDesc> DescsOf(const InflightRequest& request) const {
+    return {descs.data() + request.first, request.num};
+  }
+  // Heads or buffer ids, oldest first.
+  std::vector<uint16_t> Ids() const;
+  // Descriptors in flight (split: requests).
+  uint32_t slots() const;
+  friend bool operator==(const InflightSet&, const InflightSet&) = default;
 };
+
+// --- From a region ---
+
+// What an analysed part says, as a set.
+InflightSet SetOf(const SplitPartState& state, uint16_t used_idx);
+InflightSet SetOf(const PackedPartState& state, uint16_t ring_size);
 
 // `part`: a copy of one queue's part; `ring_size`: entries of the ring; `used_idx`: used->idx in guest
 // memory. A part with version 0 gives an empty set. INFLIGHT_UNKNOWN when any field contradicts another.
 absl::StatusOr<InflightSet> ReadInflightSplit(std::span<const uint8_t> part, uint16_t ring_size,
-                                              uint16_t used_idx);
+                                              uint16_t used_idx, BatchRule rule = BatchRule::kLinked);
+
+// The same for a packed ring; `memory` and `ring` tell whether a batch that was under way had been published.
+// A part with version 0 gives INFLIGHT_UNKNOWN: only the region knows a packed ring's used position.
+absl::StatusOr<InflightSet> ReadInflightPacked(std::span<const uint8_t> part, const MemoryView& memory,
+                                               const PackedRing& ring);
+
+// --- From the ring ---
+
+// Requests in flight in a ring with IN_ORDER, by which they are the avail entries used->idx .. last_avail
+// - 1. `last_avail`: the device's answer in the convention "next entry to fetch", or avail->idx when the
+// device is gone: then what it had not fetched counts as in flight, too, which is the same to its successor.
+// STATE_MISMATCH when indices or entries are impossible.
+absl::StatusOr<InflightSet> InflightFromInOrderSplit(const MemoryView& memory, const SplitRing& ring,
+                                                     uint16_t last_avail);
+
+// The same for a packed ring: the chains between used and avail position of `base`.
+absl::StatusOr<InflightSet> InflightFromInOrderPacked(const MemoryView& memory, const PackedRing& ring,
+                                                      PackedBase base);
+
+// Takes back what was fetched, so that the requests of `set` are available again and none is in flight. Legal
+// only where the avail entries from used->idx on still name exactly these requests in this order, which
+// without IN_ORDER a completion out of order may have overwritten (the STOP thread's example), and where no
+// request has begun to have an effect: `rewindable` is what the device class says of them (net receive
+// buffers). FailedPrecondition says why not.
+absl::StatusOr<InflightSet> RewindSplit(const MemoryView& memory, const SplitRing& ring,
+                                        const InflightSet& set, bool in_order, bool rewindable);
+
+// --- Into a region ---
+
+// Writes "initialised, nothing in flight" into one queue's part. `used_idx` must be the ring's used->idx: a
+// region created for a ring that already ran and left at 0 makes back-ends forget descriptor 0 at the first
+// recovery (SPDK #3766). `part` must hold InflightPartBytes; the rest of it becomes zero.
+absl::Status InitInflightSplit(std::span<uint8_t> part, uint16_t desc_num, uint16_t used_idx);
+// The same; `used` is the ring's current used position: SPDK starts a packed ring at the region's position,
+// whatever SET_VRING_BASE said.
+absl::Status InitInflightPacked(std::span<uint8_t> part, uint16_t desc_num, PackedPosition used);
+
+// Writes `set` into one queue's part, counters renumbered from 1 in the same order (yc-libvhost takes a
+// region whose counters are all 0 for a fresh one). Any recovery, batched or single, then finds exactly this
+// set. InvalidArgument when the set does not fit into `desc_num` entries or is not well-formed.
+absl::Status WriteInflight(std::span<uint8_t> part, uint16_t desc_num, const InflightSet& set);
+
+// --- Bases ---
+
+// What GET_VRING_BASE answered for a split ring with `in_flight` requests, as "next entry to fetch". The
+// answer may follow either convention, whatever the kind: used + in_flight or used. STATE_MISMATCH for any
+// other.
+absl::StatusOr<uint16_t> NormaliseBase(uint32_t base, uint16_t used_idx, uint16_t in_flight);
+
+// The same for a packed ring of n entries: `set` as read from the region. The used half of the answer must be
+// the region's used position, unless `only_16_bits`, where it is taken from the region. STATE_MISMATCH.
+absl::StatusOr<PackedBase> NormaliseBase(uint32_t base, bool only_16_bits, uint16_t n,
+                                         const InflightSet& set);
+
+// A packed ring without a region, which must be drained: with `only_16_bits` the used position is taken to be
+// the avail position (right only if nothing is in flight). STATE_MISMATCH when avail != used.
+absl::StatusOr<PackedBase> NormaliseDrainedBase(uint32_t base, bool only_16_bits, uint16_t n);
+
+// What SET_VRING_BASE must say so that a back-end of `kind`, given a region with `set`, goes on rightly. With
+// an empty set all conventions agree. FailedPrecondition for a kind whose convention is not known when `set`
+// is not empty.
+absl::StatusOr<uint32_t> BaseFor(InflightKind kind, uint16_t n, const InflightSet& set);
+
+// --- Invariants, before commit at the source and again on the memory that arrived ---
+
+// 5.11 of VIRTIO's arithmetic: A - U, L - U, A - L <= n; as many requests as L - U; heads below n and unique.
+// `set.used` must be the `used` of `indices`. STATE_MISMATCH names what broke.
+absl::Status CheckInflightSplit(uint16_t n, SplitIndices indices, const InflightSet& set);
+
+// Distance from used to avail position is the sum of the chains' lengths and at most n; chains as CheckSet;
+// ids unique.
+absl::Status CheckInflightPacked(uint16_t n, const InflightSet& set);
+
+// The set's own form: counters ascending, ids unique, chains within `descs`, last descriptor carries the id,
+// NEXT on all but the last. STATE_MISMATCH.
+absl::Status CheckInflightSet(uint16_t n, const InflightSet& set);
+
+// Reads avail->idx and used->idx from the memory that arrived and compares them with what the source shipped
+// (a difference means that a dirty page was lost), then CheckInflightSplit and CheckSplitInvariants.
+// STATE_MISMATCH.
+absl::Status VerifyInflightSplit(const MemoryView& memory, const SplitRing& ring, SplitIndices shipped,
+                                 const InflightSet& set);
+
+// CheckInflightPacked, and in memory every slot from used to avail position still bears the driver's mark
+// (available) and the slot at the avail position is not marked used: a lost page would show an older lap.
+// STATE_MISMATCH.
+absl::Status VerifyInflightPacked(const MemoryView& memory, const PackedRing& ring, const InflightSet& set);
 
 }  // namespace baton::virtio

@@ -14,9 +14,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   auto set = baton::virtio::ReadInflightSplit({data + 4, size - 4}, ring_size, used);
   if (set.ok()) {
     // What is promised of an answer.
-    std::set<uint16_t> unique(set->heads.begin(), set->heads.end());
-    if (unique.size() != set->heads.size() || set->heads.size() > ring_size) std::abort();
-    for (uint16_t head : set->heads) {
+    const std::vector<uint16_t> heads = set->Ids();
+    std::set<uint16_t> unique(heads.begin(), heads.end());
+    if (unique.size() != heads.size() || heads.size() > ring_size) std::abort();
+    for (uint16_t head : heads) {
       if (head >= ring_size) std::abort();
     }
   }

@@ -255,14 +255,15 @@ void LabBackend::Recover(uint32_t index) {
   auto set = virtio::ReadInflightSplit(
       {reinterpret_cast<uint8_t*>(region), Stride(inflight_description_.queue_size)}, q.size, used_idx);
   if (!set.ok()) return;
+  const std::vector<uint16_t> heads = set->Ids();
   auto* desc = reinterpret_cast<virtio::InflightSplitDesc*>(region + 1);
   for (uint16_t i = 0; i < inflight_description_.queue_size; ++i) {
-    if (std::find(set->heads.begin(), set->heads.end(), i) == set->heads.end()) desc[i].inflight = 0;
+    if (std::find(heads.begin(), heads.end(), i) == heads.end()) desc[i].inflight = 0;
     q.counter = std::max(q.counter, desc[i].counter + 1);
   }
   region->used_idx = used_idx;
-  q.last_avail = set->last_avail;
-  for (uint16_t head : set->heads) q.flight.push_back({head, Clock::now()});
+  q.last_avail = set->last_avail();
+  for (uint16_t head : heads) q.flight.push_back({head, Clock::now()});
 }
 
 absl::Status LabBackend::Handle(vhost::WireMessage& m) {

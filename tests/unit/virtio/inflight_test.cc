@@ -43,9 +43,9 @@ TEST(Inflight, RecoversTheBatchThatWasPublished) {
   part.desc(2).inflight = 1;
   auto set = ReadInflightSplit(part.bytes, 4, 5);
   ASSERT_TRUE(set.ok()) << set.status();
-  EXPECT_THAT(set->heads, ElementsAre(0));
+  EXPECT_THAT(set->Ids(), ElementsAre(0));
   EXPECT_EQ(set->repaired, 1);
-  EXPECT_EQ(set->last_avail, 6);
+  EXPECT_EQ(set->last_avail(), 6);
 }
 
 // A region made for a ring that already ran: used_idx of the ring keeps entry 0, used_idx 0 would lose it.
@@ -54,8 +54,8 @@ TEST(Inflight, RegionInitialisedWithTheRingsIndexKeepsTheFirstRequest) {
   part.desc(0).inflight = 1;
   auto set = ReadInflightSplit(part.bytes, 4, 5);
   ASSERT_TRUE(set.ok()) << set.status();
-  EXPECT_THAT(set->heads, ElementsAre(0));
-  EXPECT_EQ(set->last_avail, 6);
+  EXPECT_THAT(set->Ids(), ElementsAre(0));
+  EXPECT_EQ(set->last_avail(), 6);
 }
 
 TEST(Inflight, HeadsComeInTheOrderOfTheirCounters) {
@@ -65,15 +65,15 @@ TEST(Inflight, HeadsComeInTheOrderOfTheirCounters) {
   part.desc(0) = {1, {}, 0, 8};
   auto set = ReadInflightSplit(part.bytes, 4, 0);
   ASSERT_TRUE(set.ok()) << set.status();
-  EXPECT_THAT(set->heads, ElementsAre(3, 0, 1));
+  EXPECT_THAT(set->Ids(), ElementsAre(3, 0, 1));
 }
 
 TEST(Inflight, UninitialisedPartIsEmpty) {
   std::vector<uint8_t> zero(80);
   auto set = ReadInflightSplit(zero, 4, 17);
   ASSERT_TRUE(set.ok());
-  EXPECT_TRUE(set->heads.empty());
-  EXPECT_EQ(set->last_avail, 17);
+  EXPECT_TRUE(set->empty());
+  EXPECT_EQ(set->last_avail(), 17);
 }
 
 TEST(Inflight, EachContradictionIsRefusedByName) {
@@ -144,7 +144,7 @@ TEST(Inflight, RecoveryAfterAnyCrashPointIsRight) {
     }();
     auto set = ReadInflightSplit(part.bytes, n, used);
     RC_ASSERT(set.ok());
-    std::vector<uint16_t> heads = set->heads, expected;
+    std::vector<uint16_t> heads = set->Ids(), expected;
     std::sort(heads.begin(), heads.end());
     for (uint16_t i = 0; i < n; ++i) {
       if (taken[i] && !published[i]) expected.push_back(i);

@@ -1,0 +1,68 @@
+// What the header and entries of one queue's in-flight part say together with the ring, after every check:
+// shared by the readers (ReadInflightSplit, ReadInflightPacked) and the tracker that goes on writing the same
+// part. The part is copied once; nothing of it is read again.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "agent/virtio/inflight_layout.h"
+#include "agent/virtio/memory_view.h"
+#include "agent/virtio/packed_ring.h"
+#include "agent/virtio/vring_base.h"
+#include "common/status.h"
+
+namespace baton::virtio {
+
+// How an unfinished batch of a split region is repaired: the recovery of the back-end that wrote it.
+enum class BatchRule : uint8_t {
+  kLinked,  // the specification: all entries of the batch, linked from last_batch_head
+  kSingle,  // libvhost-user, DPDK: last_batch_head only; more than one published is INFLIGHT_UNKNOWN
+};
+
+struct SplitPartState {
+  uint16_t version = 0;
+  // 0 when nobody has begun to use the part (also with a version of 1).
+  uint16_t desc_num = 0;
+  uint16_t last_batch_head = 0;
+  // Copies of all entries; `inflight` as it is after the repair.
+  std::vector<InflightSplitDesc> desc;
+  // Entries whose flag was set although the guest had seen the completion.
+  std::vector<uint16_t> repaired;
+  // Heads in flight, oldest first.
+  std::vector<uint16_t> heads;
+};
+
+// INFLIGHT_UNKNOWN when any field contradicts another, or the ring.
+absl::StatusOr<SplitPartState> AnalyseSplitPart(std::span<const uint8_t> part, uint16_t ring_size,
+                                                uint16_t used_idx, BatchRule rule);
+
+struct PackedPartState {
+  uint16_t version = 0;
+  // 0 when nobody has begun to use the part (also with a version of 1).
+  uint16_t desc_num = 0;
+  // The batch under way had been published: the current values hold. Otherwise the old ones do.
+  bool commit = false;
+  uint16_t free_head = 0;
+  PackedPosition used;
+  // Copies of all entries; `inflight` as it is after the repair.
+  std::vector<InflightPackedDesc> desc;
+  // Entries on the free list whose flag was still set.
+  std::vector<uint16_t> repaired;
+  // Head entries in flight, oldest first.
+  std::vector<uint16_t> heads;
+  // Entries on the free list.
+  uint16_t free_entries = 0;
+};
+
+// INFLIGHT_UNKNOWN when any field contradicts another, or the ring.
+absl::StatusOr<PackedPartState> AnalysePackedPart(std::span<const uint8_t> part, const MemoryView& memory,
+                                                  const PackedRing& ring);
+
+// A part as InitInflightPacked leaves it, and that state as AnalysePackedPart would give it.
+// FormatPackedEntries writes only the entries: all free, linked in order.
+absl::Status FormatPackedEntries(std::span<uint8_t> part, uint16_t desc_num);
+PackedPartState FreshPackedState(uint16_t desc_num, PackedPosition used);
+
+}  // namespace baton::virtio
