@@ -20,6 +20,10 @@ inline constexpr uint64_t kFAccessPlatform = Bit(33);
 inline constexpr uint64_t kFRingPacked = Bit(34);
 inline constexpr uint64_t kFInOrder = Bit(35);
 
+// Experimental, and no feature of any version of VIRTIO: docs/partial-order.md. Of the bits that 1.4 reserves
+// for rings and transports, the one that it will assign last.
+inline constexpr uint64_t kFPartialOrder = Bit(49);
+
 // Used between front-end and back-end only, never shown to a guest (vhost-user.rst).
 inline constexpr uint64_t kVhostFLogAll = Bit(26);
 inline constexpr uint64_t kVhostUserFProtocolFeatures = Bit(30);
