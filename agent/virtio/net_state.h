@@ -20,6 +20,10 @@
 
 namespace baton::virtio {
 
+// Which receive queue a packet takes.
+enum class RxRule : uint8_t { kSingle = 1, kFollowsTx = 2, kHost = 3, kAutomatic = 4, kRss = 5 };
+const char* NameOf(RxRule rule);
+
 // What the device can do and what its driver accepted. Every value that a driver or a peer names is checked
 // against it.
 struct NetLimits {
@@ -38,20 +42,19 @@ struct NetLimits {
   MacAddress mac{};
 
   bool Has(uint64_t feature) const { return (features & feature) == feature; }
-  // Queue numbers. Standard: receive 2k, transmit 2k+1, control after the last pair. Under kNetFSteering as
-  // the proposal numbers them: the default pair 0/1, control 2, 3 reserved, multiqueue pair k at 4+2k/5+2k.
-  uint32_t RxQueue(uint16_t pair) const;
-  uint32_t TxQueue(uint16_t pair) const;
+  // Queue numbers of a pair under a rule. Standard: receive 2k, transmit 2k+1, control after the last pair.
+  // Under kNetFSteering as the proposal numbers them: the default pair 0/1 of the single-queue rule, control
+  // 2, 3 reserved, multiqueue pair k at 4+2k and 5+2k.
+  uint32_t RxQueue(RxRule rule, uint16_t pair) const {
+    return (Has(kNetFSteering) && rule != RxRule::kSingle ? 4u : 0u) + 2u * pair;
+  }
+  uint32_t TxQueue(RxRule rule, uint16_t pair) const { return RxQueue(rule, pair) + 1; }
   uint32_t ControlQueue() const;
   // All of them, used or not.
   uint32_t QueueCount() const;
   // InvalidArgument: features that exclude each other, or sizes that no device has.
   absl::Status Check() const;
 };
-
-// Which receive queue a packet takes.
-enum class RxRule : uint8_t { kSingle = 1, kFollowsTx = 2, kHost = 3, kAutomatic = 4, kRss = 5 };
-const char* NameOf(RxRule rule);
 
 struct NetRxModes {
   bool promiscuous = true;

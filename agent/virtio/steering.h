@@ -22,9 +22,10 @@ class FlowTable {
   // -1: not seen.
   int Find(uint64_t flow) const;
   void Clear();
-  // For another host: (flow << 16) | pair, oldest first. Import takes what fits; the seed travels as well.
+  // For another host: (flow << 16) | pair, oldest first. The seed must travel along. Import forgets what was
+  // there, and keeps the youngest of what does not fit.
   std::vector<uint64_t> Export() const;
-  void Import(const std::vector<uint64_t>& flows);
+  void Import(uint64_t seed, const std::vector<uint64_t>& flows);
   uint64_t seed() const { return seed_; }
 
  private:
