@@ -17,21 +17,15 @@
 #include "agent/virtio/inflight_recovery.h"
 #include "agent/virtio/memory_view.h"
 #include "agent/virtio/packed_ring.h"
+#include "agent/virtio/ring_access.h"
 #include "agent/virtio/split_ring.h"
 #include "agent/virtio/vring_base.h"
 #include "common/status.h"
 
 namespace baton::virtio {
 
-// One descriptor of a packed chain, as the driver wrote it into the ring (little-endian).
-struct InflightDesc {
-  uint64_t addr = 0;
-  uint32_t len = 0;
-  uint16_t id = 0;
-  uint16_t flags = 0;
-  friend bool operator==(const InflightDesc&, const InflightDesc&) = default;
-};
-static_assert(sizeof(InflightDesc) == 16);
+// One descriptor of a packed chain, as the driver wrote it into the ring.
+using InflightDesc = PackedDesc;
 
 struct InflightRequest {
   // Split: the head's index in the descriptor table. Packed: the buffer id.

@@ -32,6 +32,8 @@
 #include <utility>
 #include <vector>
 
+#include "agent/virtio/chain.h"
+#include "agent/virtio/completion_queue.h"
 #include "agent/virtio/inflight.h"
 #include "agent/virtio/inflight_layout.h"
 #include "agent/virtio/inflight_recovery.h"
@@ -87,9 +89,17 @@ class InflightTracker {
   // flight: the driver is at fault, the request must not be served.
   absl::Status OnFetch(uint16_t id, std::span<const InflightDesc> descs = {});
 
+  absl::Status OnFetch(const Chain& chain) { return OnFetch(chain.id, chain.descriptors); }
+
   // The requests `ids` will be published next, together. FailedPrecondition (nothing is stored) when one is
   // not in flight or named twice, or a batch is under way.
-  absl::Status BeforePublish(std::span<const uint16_t> ids);
+  absl::Status BeforePublish(std::span<const uint16_t> ids) {
+    return Begin(ids.size(), [ids](size_t i) { return ids[i]; });
+  }
+  // What a queue has staged.
+  absl::Status BeforePublish(std::span<const Completion> staged) {
+    return Begin(staged.size(), [staged](size_t i) { return staged[i].id; });
+  }
 
   // The guest can see them. Must follow the publishing before anything else is fetched.
   void AfterPublish();
@@ -133,6 +143,8 @@ class InflightTracker {
   }
   absl::Status FetchSplit(uint16_t id);
   absl::Status FetchPacked(uint16_t id, std::span<const InflightDesc> descs);
+  template <typename IdAt>
+  absl::Status Begin(size_t count, const IdAt& id_at);
   void Forget();
   void Expect(uint16_t desc_num);
 
@@ -331,18 +343,21 @@ absl::Status InflightTracker<Hook>::FetchPacked(uint16_t id, std::span<const Inf
 }
 
 template <typename Hook>
-absl::Status InflightTracker<Hook>::BeforePublish(std::span<const uint16_t> ids) {
-  if (!batch_.empty()) return Refuse("is to be published while another batch is", ids.empty() ? 0 : ids[0]);
-  if (single_ && ids.size() > 1) return Refuse("must be published by itself", ids[0]);
-  for (size_t i = 0; i < ids.size(); ++i) {
-    const uint16_t entry = ids[i] < entry_of_.size() ? entry_of_[ids[i]] : kNone;
+template <typename IdAt>
+absl::Status InflightTracker<Hook>::Begin(size_t count, const IdAt& id_at) {
+  if (count == 0) return absl::OkStatus();
+  if (!batch_.empty()) return Refuse("is to be published while another batch is", id_at(0));
+  if (single_ && count > 1) return Refuse("must be published by itself", id_at(0));
+  for (size_t i = 0; i < count; ++i) {
+    const uint16_t id = id_at(i);
+    const uint16_t entry = id < entry_of_.size() ? entry_of_[id] : kNone;
     if (entry == kNone) {
-      for (size_t k = 0; k < i; ++k) entry_of_[ids[k]] = batch_[k];
+      for (size_t k = 0; k < i; ++k) entry_of_[id_at(k)] = batch_[k];
       batch_.clear();
-      return Refuse("is not in flight", ids[i]);
+      return Refuse("is not in flight", id);
     }
     batch_.push_back(entry);
-    entry_of_[ids[i]] = kNone;
+    entry_of_[id] = kNone;
   }
   if (format_ == RingFormat::kSplit) {
     for (uint16_t head : batch_) {
@@ -360,7 +375,7 @@ absl::Status InflightTracker<Hook>::BeforePublish(std::span<const uint16_t> ids)
     free_head_ = head;
     next = Advance(next, num_[head], ring_size_);
   }
-  if (!batch_.empty()) StorePositions(next, used_, TrackerStep::kUsedPosition);
+  StorePositions(next, used_, TrackerStep::kUsedPosition);
   used_ = next;
   return absl::OkStatus();
 }
