@@ -5,15 +5,13 @@
 //
 //   InflightTracker<> tracker;
 //   RETURN_IF_ERROR(tracker.Attach(RingFormat::kSplit, part, ring_size));
-//   ASSIGN_OR_RETURN(InflightSet again, tracker.RecoverSplit(used_idx));  // submit these first, in this
-//   order
+//   ASSIGN_OR_RETURN(InflightSet again, tracker.RecoverSplit(used_idx));  // submit these first
 //   ...
-//   RETURN_IF_ERROR(tracker.OnFetch(head));       // before the request has any effect
+//   RETURN_IF_ERROR(tracker.OnFetch(chain));  // before the request has any effect
 //   ...
-//   RETURN_IF_ERROR(tracker.BeforePublish(ids));  // all of a batch
-//   queue.Publish();                              // exactly this batch, one store to used->idx or to the
-//   first flags tracker.AfterPublish();                       // before the guest is notified, and before the
-//   next fetch
+//   RETURN_IF_ERROR(tracker.BeforePublish(queue.staged()));
+//   queue.Publish();         // exactly this batch, visible by one store
+//   tracker.AfterPublish();  // before the guest is notified, and before the next fetch
 //
 // Survives the death of the process (the memory is shared), not of the host. One thread serves a queue; the
 // part must stay mapped while the tracker lives, and nobody else may write it meanwhile.
