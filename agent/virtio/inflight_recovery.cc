@@ -71,12 +71,17 @@ absl::Status SettleBatch(const InflightPackedHeader& header, const MemoryView& m
   state->used = old;
   state->free_head = header.old_free_head;
   if (now == old) return absl::OkStatus();
-  // Back-ends that store the older position in two steps may have died between index and wrap counter. A
-  // batch of a whole lap looks the same, but leaves another free_head.
   if (now.idx == old.idx && header.free_head == header.old_free_head) {
-    state->commit = true;
-    state->used = now;
-    return absl::OkStatus();
+    // Back-ends that store the older position in two steps may have died between index and wrap counter. With
+    // the whole ring in flight it was a batch of a whole lap, though, and they died between free_head and
+    // position: as if under way.
+    uint32_t in_flight = 0;
+    for (const InflightPackedDesc& d : state->desc) in_flight += d.inflight ? d.num : 0;
+    if (in_flight < ring.size) {
+      state->commit = true;
+      state->used = now;
+      return absl::OkStatus();
+    }
   }
   // As the driver left it, if the device has not written it: then nothing of the batch was published, and the
   // new values may be half-written.

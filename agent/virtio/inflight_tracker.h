@@ -253,16 +253,14 @@ absl::StatusOr<InflightSet> InflightTracker<Hook>::RecoverPacked(const MemoryVie
     Store(header.version, kInflightVersion, TrackerStep::kRecovering);
     state = FreshPackedState(ring_size_, used_if_fresh);
   } else {
-    // Each store leaves a state from which the same is concluded again.
-    if (state.commit) {
-      Store(header.old_free_head, state.free_head, TrackerStep::kRecovering);
-    } else {
-      Store(header.free_head, state.free_head, TrackerStep::kRecovering);
-    }
-    StorePositions(state.used, state.used, TrackerStep::kRecovering);
+    // Each store leaves a state from which the same is concluded again: old_free_head counts once the
+    // positions agree, so it comes before them, and free_head, which does not count then, after them.
     for (uint16_t entry : state.repaired) {
       Store(packed_desc(entry).inflight, uint8_t{0}, TrackerStep::kRecovering);
     }
+    if (state.commit) Store(header.old_free_head, state.free_head, TrackerStep::kRecovering);
+    StorePositions(state.used, state.used, TrackerStep::kRecovering);
+    Store(header.free_head, state.free_head, TrackerStep::kRecovering);
   }
   Expect(state.desc_num);
   used_ = state.used;

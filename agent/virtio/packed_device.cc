@@ -24,6 +24,7 @@ absl::StatusOr<PackedDevice> PackedDevice::Create(const GuestMemory& memory, con
   out.next_used_ = base.used;
   out.unclaimed_ = static_cast<uint32_t>(Distance(base.used, base.avail, layout.size));
   out.SetOrdering(Ordering::kInOrder);
+  out.RestoreMarks();
   // A predecessor that polled has left "disable" or an old event behind.
   RETURN_IF_ERROR(out.EnableKicks().status());
   return out;
@@ -43,6 +44,21 @@ absl::Status PackedDevice::Remap(const GuestMemory& memory) {
   driver_event_ = driver;
   device_event_ = device;
   return absl::OkStatus();
+}
+
+void PackedDevice::RestoreMarks() {
+  // The driver looks at the first, which was not written: Publish makes a batch visible there by its last
+  // store.
+  PackedPosition at = next_used_;
+  for (uint32_t k = 1; k < unclaimed_; ++k) {
+    at = Advance(at, 1, layout_.size);
+    uint8_t* word = desc_ + size_t{16} * at.idx + kFlagsOffset;
+    const auto flags = Load<uint16_t>(word);
+    if (IsPackedAvail(flags, at.wrap)) continue;
+    Store<uint16_t>(word, static_cast<uint16_t>((flags & ~(kDescAvail | kDescUsed)) |
+                                                (at.wrap ? kDescAvail : kDescUsed)));
+    if (options_.log) options_.log->Wrote(layout_.desc + uint64_t{16} * at.idx, 16);
+  }
 }
 
 bool PackedDevice::NextIsAvailable(PackedPosition at, uint16_t* flags) const {
@@ -150,7 +166,7 @@ uint16_t PackedDevice::Publish() {
   const uint16_t n = layout_.size;
   const PackedPosition begin = next_used_;
   uint8_t* first_at = nullptr;
-  uint16_t first_flags = 0;
+  uint64_t first_word = 0;
   PackedPosition last = begin;
   uint64_t published = completions_.published();
   uint64_t highest = completions_.highest();
@@ -176,20 +192,21 @@ uint16_t PackedDevice::Publish() {
       if (flush) flags |= kDescFlush;
       flush_.Used(flush);
     }
-    uint8_t* at = desc_ + size_t{16} * next_used_.idx;
-    Store<uint32_t>(at + 8, staged[i].len);
-    Store<uint16_t>(at + 12, staged[i].id);
+    uint8_t* at = desc_ + size_t{16} * next_used_.idx + 8;
+    const uint64_t word = uint64_t{staged[i].len} | uint64_t{staged[i].id} << 32 | uint64_t{flags} << 48;
     if (!first_at) {
       first_at = at;
-      first_flags = flags;
+      first_word = word;
     } else {
-      Store<uint16_t>(at + kFlagsOffset, flags);
+      Store<uint64_t>(at, word);
     }
     next_used_ = Advance(next_used_, static_cast<uint16_t>(slots), n);
     moved_ += slots;
   }
-  // The driver waits at the first descriptor: with its flags the whole batch becomes visible.
-  StoreRelease<uint16_t>(first_at + kFlagsOffset, first_flags);
+  // The driver waits at the first descriptor: with its flags the whole batch becomes visible. Length, id and
+  // flags by one store, so that a device that dies here leaves the driver's descriptor or its own, and
+  // nothing between.
+  StoreRelease<uint64_t>(first_at, first_word);
   const auto count = static_cast<uint16_t>(staged.size());
   completions_.Published();
   if (options_.log) LogDescriptors(begin, last);

@@ -51,6 +51,9 @@ class PackedDevice {
   const uint8_t* DescAt(uint16_t index) const { return desc_ + size_t{16} * index; }
   // Descriptors between the used and the avail position.
   uint32_t outstanding() const { return completions_.in_flight_slots() + unclaimed_; }
+  // Marks the descriptors in flight as available again. A predecessor that died while it wrote a batch has
+  // left later ones of it marked as used, and the driver would believe them as soon as it comes there.
+  void RestoreMarks();
   // Flags of the descriptor at the avail position, if it is available.
   bool NextIsAvailable(PackedPosition at, uint16_t* flags) const;
   absl::Status Walk(uint16_t first_flags, Chain* chain);
