@@ -104,6 +104,7 @@ absl::Status VirtualMachine::StartMediators(bool required) {
     options.listen_path = vmm::DeviceSocketPath(config.run_dir(), options.spec.name());
     options.backend_required = required;
     options.vmm_returns = !required;
+    options.memo_dir = config.run_dir();
     options.whole_memory_tables = true;
     options.connect_timeout = kBackendConnect;
     options.ram = ram_.get();
@@ -316,6 +317,8 @@ void VirtualMachine::Dismantle() {
   }
   mediators.clear();
   v1::ShimConfig config = config_.Get();
+  for (const v1::DeviceSpec& device : config.spec().devices())
+    vhost::ForgetDevice(config.run_dir(), device.name());
   std::error_code ignored;
   std::filesystem::remove(config.memory_path(), ignored);
   std::filesystem::remove(vmm::QmpSocketPath(config.run_dir()), ignored);

@@ -191,8 +191,7 @@ uint64_t Mediator::Impl::EffectiveFeatures() const {
 uint64_t Mediator::Impl::EffectiveProtocolFeatures() const {
   uint64_t features = offer_.protocol_features & kWanted;
   features |= record_.protocol_features & offer_.protocol_features & pf::kStatus;
-  // A region of our own is laid out for split rings; with packed rings only the VMM's is used.
-  if (record_.packed() && !(record_.protocol_features & pf::kInflightShmfd)) features &= ~pf::kInflightShmfd;
+  if (record_.packed()) features &= ~pf::kInflightShmfd;
   return features;
 }
 
@@ -324,6 +323,7 @@ void Mediator::Impl::FinishOverdue() {
     }
     it->second = AppliedVring{.running = false, .call_stale = false, .must_stop = false, .base = state.num};
     MarkRingDirty(state.index);
+    Memorize(state.index);
   }
   Reconcile();
 }
@@ -348,6 +348,7 @@ void Mediator::Impl::Reconcile() {
     }
     applied = AppliedVring{.running = false, .call_stale = false, .must_stop = false, .base = *base};
     MarkRingDirty(index);
+    Memorize(index);
   }
   link_.state = LinkState::kReady;
   message_.clear();

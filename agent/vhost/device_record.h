@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "agent/vhost/device_memo.h"
 #include "agent/vhost/memory_table.h"
 #include "agent/vhost/socket.h"
 #include "agent/vhost/wire.h"
@@ -35,19 +36,14 @@ struct VringRecord {
   // The back-end that served it is gone and took an unknown number of requests with it. Cleared when the ring
   // was recovered, or when the guest set it up anew.
   bool lost = false;
+  // What the memo had of this ring has been taken over.
+  bool recalled = false;
 };
 
 struct ConfigWrite {
   uint32_t offset;
   uint32_t flags;
   std::vector<uint8_t> data;
-};
-
-// The in-flight region in use, whoever asked for it.
-struct InflightRegion {
-  InflightDescription description{};
-  UniqueFd fd;
-  bool from_vmm = false;
 };
 
 // One session of the VMM, from its connection to its disconnection. Not thread-safe.
@@ -59,8 +55,8 @@ struct DeviceRecord {
   std::optional<uint64_t> status;
   std::optional<uint64_t> mtu;
   std::vector<ConfigWrite> config_writes;
-  InflightRegion inflight;
-  Connection channel;  // the VMM's end for requests of the back-end
+  InflightRegion inflight;  // always our own, never the VMM's
+  Connection channel;       // the VMM's end for requests of the back-end
 
   bool packed() const;
   bool any_started() const;

@@ -51,6 +51,8 @@ absl::Status Mediator::Impl::StartUp() {
   // Says when a back-end puts its socket back. Without it (no such directory yet) the retries alone find it.
   inotify_.reset(::inotify_init1(IN_CLOEXEC | IN_NONBLOCK));
 
+  ASSIGN_OR_RETURN(memo_, DeviceMemo::Open(options_.memo_dir, name(), /*fresh=*/!options_.vmm_returns));
+
   Deadline deadline = Deadline::After(options_.connect_timeout);
   absl::Status dialled = Dial();
   if (dialled.ok()) {
@@ -252,6 +254,10 @@ bool Mediator::Impl::WaitForVmm(Deadline deadline) const {
 }
 
 // --- the public face ---
+
+void ForgetDevice(const std::string& memo_dir, const std::string& device) {
+  DeviceMemo::Remove(memo_dir, device);
+}
 
 Mediator::Mediator(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Mediator::~Mediator() = default;

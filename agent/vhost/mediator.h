@@ -73,6 +73,10 @@ struct MediatorOptions {
   // it were the old one, and negotiates nothing. So a session that begins without questions is taken to have
   // accepted all that is offered.
   bool vmm_returns = false;
+  // Directory in a tmpfs for what must outlive this process: which rings ran, and the in-flight region
+  // (device_memo.h). With vmm_returns what an earlier mediator left there is taken over, else it is removed.
+  // Empty: nothing outlives the mediator. The files stay when it ends; ForgetDevice removes them.
+  std::string memo_dir;
   // Memory is to be handed over as whole tables (no CONFIGURE_MEM_SLOTS): such a QEMU would otherwise only
   // name the regions that changed. At most 8 regions then.
   bool whole_memory_tables = false;
@@ -152,6 +156,9 @@ class Mediator {
   explicit Mediator(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
+
+// Removes what a mediator of that device kept in `memo_dir`; when its VM has ended.
+void ForgetDevice(const std::string& memo_dir, const std::string& device);
 
 // Compares a shipped state with the memory that arrived: for every vring avail->idx and used->idx are read
 // again, and every invariant is checked. Call at the destination before OWNER. The layout of `ram` must be

@@ -1,6 +1,7 @@
 // The inside of Mediator, shared by its parts:
 //   mediator.cc         the thread, its events, the public calls
 //   vmm_requests.cc     what the VMM asks, one handler a request
+//   inflight_region.cc  the in-flight region, and what outlives the shim
 //   backend_session.cc  connecting, building the device at the back-end, losing it, starting and stopping
 //   rings migration_ops.cc    logging, the stop of a migration, state out and in
 #pragma once
@@ -17,11 +18,14 @@
 #include <thread>
 #include <vector>
 
+#include "agent/vhost/device_memo.h"
 #include "agent/vhost/device_record.h"
 #include "agent/vhost/dirty_log.h"
 #include "agent/vhost/frontend.h"
 #include "agent/vhost/mediator.h"
 #include "agent/vhost/quirks.h"
+#include "agent/virtio/inflight.h"
+#include "agent/virtio/split_ring.h"
 #include "common/unix_socket.h"
 
 namespace baton::vhost {
@@ -133,8 +137,6 @@ class Mediator::Impl {
   absl::Status OnVringEnable(const WireMessage& m, absl::Status* refused);
   absl::Status OnGetConfig(const WireMessage& m);
   absl::Status OnSetConfig(const WireMessage& m, absl::Status* refused);
-  absl::Status OnGetInflight(const WireMessage& m);
-  absl::Status OnSetInflight(WireMessage& m);
   absl::Status OnStatus(const WireMessage& m, absl::Status* refused);
   absl::Status OnResetDevice(absl::Status* refused);
   absl::Status CheckIndex(const WireMessage& m, uint64_t index) const;
@@ -169,11 +171,26 @@ class Mediator::Impl {
   void RefreshConfig();
   uint32_t ConfigSize() const;
 
-  // --- ring_control.cc ---
+  // --- inflight_region.cc ---
+  // Gives the back-end the region: the one that an earlier mediator or connection left, else a new one.
   absl::Status EnsureInflight();
+  // Finds the region that was noted and the back-end can go on with, laid out anew if its strides differ.
+  absl::Status AdoptRegion(const InflightDescription& wanted, bool needed);
   // Initialises one queue's part of the in-flight region for a ring that starts with nothing in flight.
   absl::Status InitInflightPart(uint32_t index, uint16_t used_idx);
-  absl::Status CheckInflightPart(uint32_t index, uint16_t used_idx);
+  // What is in flight by the region. INFLIGHT_UNKNOWN when it contradicts the ring.
+  absl::StatusOr<virtio::InflightSet> ReadInflightPart(uint32_t index, virtio::SplitIndices indices);
+  // The first start of a ring in a session: what the memo knows of this very ring becomes part of the record.
+  void Recall(uint32_t index);
+  // Notes how the ring stands. To be called before a back-end is let at it, and after it has left it.
+  void Memorize(uint32_t index, bool starts = false);
+  // All rings of the record; after what they have in common has changed.
+  void MemorizeAll();
+  // The memo is about the guest that the record is about.
+  bool MemoApplies() const;
+  uint64_t MemoryDigest() const;
+
+  // --- ring_control.cc ---
   // Where the back-end is to begin with the ring.
   absl::StatusOr<uint32_t> ResolveBase(uint32_t index);
   absl::Status StartVring(uint32_t index);
@@ -215,6 +232,7 @@ class Mediator::Impl {
   // Owned by the mediator's thread (by StartUp before it runs).
   UnixListener listen_;
   UniqueFd inotify_;
+  std::unique_ptr<DeviceMemo> memo_;
   Connection vmm_;
   bool vmm_heard_ = false;  // the VMM has said something on this connection
   DeviceRecord record_;

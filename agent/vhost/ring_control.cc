@@ -1,13 +1,11 @@
 // The mediator's rings at the back-end: where one is to start, how it drains and stops, what is in flight.
 #include <poll.h>
-#include <sys/stat.h>
 
 #include <algorithm>
 #include <cerrno>
 
 #include "agent/vhost/mediator_impl.h"
 #include "agent/virtio/features.h"
-#include "agent/virtio/inflight.h"
 #include "common/log.h"
 
 namespace baton::vhost {
@@ -26,81 +24,6 @@ void Inject(const Notifier& notifier) {
   if (::poll(&p, 1, 0) == 1 && (p.revents & POLLOUT) && ::write(p.fd, &one, sizeof one) < 0) {
     LOG_DEBUG("a notification could not be written: {}", errno);
   }
-}
-
-absl::Status Mediator::Impl::EnsureInflight() {
-  if (!(link_.frontend->protocol_features() & pf::kInflightShmfd) || link_.inflight_sent)
-    return absl::OkStatus();
-  InflightRegion& region = record_.inflight;
-  if (!region.fd) {
-    // A VMM that speaks INFLIGHT_SHMFD brings its own; one that negotiated it and sent none gets none.
-    uint32_t size = std::max<uint32_t>(options_.spec.queue_size(), 256);
-    for (const auto& [index, vring] : record_.vrings) size = std::max(size, vring.num);
-    uint32_t queues = static_cast<uint32_t>(offer_.queues);
-    for (const auto& [index, vring] : record_.vrings) queues = std::max(queues, index + 1);
-    ASSIGN_OR_RETURN(auto fresh, link_.frontend->GetInflight(static_cast<uint16_t>(queues),
-                                                             static_cast<uint16_t>(size), RequestDeadline()));
-    InflightDescription description = fresh.first;
-    description.num_queues = static_cast<uint16_t>(queues);
-    description.queue_size = static_cast<uint16_t>(size);
-    struct stat st;
-    if (::fstat(fresh.second.get(), &st) != 0 || description.mmap_size > (uint64_t{1} << 30) ||
-        static_cast<uint64_t>(st.st_size) < description.mmap_offset + description.mmap_size) {
-      return Error(absl::StatusCode::kInvalidArgument,
-                   "GET_INFLIGHT_FD: {} bytes at offset {} do not fit into the file", description.mmap_size,
-                   description.mmap_offset);
-    }
-    RETURN_IF_ERROR(
-        virtio::InferSplitStride(description.mmap_size, description.num_queues, description.queue_size)
-            .status());
-    region = {description, std::move(fresh.second), false};
-  }
-  // DPDK moves on to a queue's part only for queues it has heard of: SET_VRING_NUM of all of them comes
-  // first.
-  for (uint32_t i = 0; i < region.description.num_queues; ++i) {
-    auto it = record_.vrings.find(i);
-    VringState num{
-        i, it != record_.vrings.end() && it->second.num ? it->second.num : region.description.queue_size};
-    RETURN_IF_ERROR(link_.frontend->Set(Request::kSetVringNum, Bytes(num), {}, RequestDeadline()));
-  }
-  int fd = region.fd.get();
-  RETURN_IF_ERROR(link_.frontend->Set(Request::kSetInflightFd, Bytes(region.description), {&fd, 1},
-                                      RequestDeadline(), true));
-  link_.inflight_sent = true;
-  return absl::OkStatus();
-}
-
-absl::Status Mediator::Impl::InitInflightPart(uint32_t index, uint16_t used_idx) {
-  const InflightDescription& d = record_.inflight.description;
-  ASSIGN_OR_RETURN(uint64_t stride, virtio::InferSplitStride(d.mmap_size, d.num_queues, d.queue_size));
-  if (index >= d.num_queues) {
-    return Error(absl::StatusCode::kInvalidArgument,
-                 "ring {} has no place in the in-flight region of {} queues", index, d.num_queues);
-  }
-  std::vector<uint8_t> part(stride);
-  RETURN_IF_ERROR(virtio::InitInflightSplit(part, d.queue_size, used_idx));
-  ssize_t n = ::pwrite(record_.inflight.fd.get(), part.data(), part.size(),
-                       static_cast<off_t>(d.mmap_offset + stride * index));
-  if (n != static_cast<ssize_t>(part.size())) return ErrnoError(errno, "writing the in-flight region");
-  return absl::OkStatus();
-}
-
-absl::Status Mediator::Impl::CheckInflightPart(uint32_t index, uint16_t used_idx) {
-  const InflightDescription& d = record_.inflight.description;
-  ASSIGN_OR_RETURN(uint64_t stride, virtio::InferSplitStride(d.mmap_size, d.num_queues, d.queue_size));
-  if (index >= d.num_queues) {
-    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
-                 "ring {} is not in the in-flight region", index);
-  }
-  std::vector<uint8_t> part(stride);
-  ssize_t n = ::pread(record_.inflight.fd.get(), part.data(), part.size(),
-                      static_cast<off_t>(d.mmap_offset + stride * index));
-  if (n != static_cast<ssize_t>(part.size())) return ErrnoError(errno, "reading the in-flight region");
-  ASSIGN_OR_RETURN(
-      auto set, virtio::ReadInflightSplit(part, static_cast<uint16_t>(record_.vrings[index].num), used_idx));
-  LOG_INFO("device {}: ring {}: {} requests in flight will be submitted again", name(), index,
-           set.size());
-  return absl::OkStatus();
 }
 
 absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
@@ -123,11 +46,18 @@ absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
   if (link_.inflight_sent) {
     // Back-ends add what is in flight to used->idx by themselves (libvhost-user ignores the base, DPDK adds
     // to it).
-    if (vring.lost || record_.inflight.from_vmm) {
-      RETURN_IF_ERROR(CheckInflightPart(index, indices.used));
-    } else {
-      RETURN_IF_ERROR(InitInflightPart(index, indices.used));
+    if (vring.lost) {
+      auto set = ReadInflightPart(index, indices);
+      if (set.ok()) {
+        LOG_INFO("device {}: ring {}: {} requests in flight will be submitted again", name(), index,
+                 set->heads.size());
+        return indices.used;
+      }
+      // A guest that was reset while nobody served it has other requests at the same place.
+      if (indices.used != 0 || asked != 0) return set.status();
+      LOG_INFO("device {}: ring {} begins anew: {}", name(), index, Message(set.status()));
     }
+    RETURN_IF_ERROR(InitInflightPart(index, indices.used));
     return indices.used;
   }
   if (!vring.lost && !quirks_.drains_on_disconnect) return asked;
@@ -165,6 +95,7 @@ absl::Status Mediator::Impl::StartVring(uint32_t index) {
     LOG_DEBUG("device {}: ring {} had come to {}", name(), index, ignored);
     applied = AppliedVring();
   }
+  Recall(index);
   RETURN_IF_ERROR(EnsureInflight());
   ASSIGN_OR_RETURN(uint32_t base, ResolveBase(index));
   CompareWithExpected(index, base);
@@ -177,6 +108,7 @@ absl::Status Mediator::Impl::StartVring(uint32_t index) {
   // Before the descriptor is handed over: libvhost-user takes it for an error to find an eventfd empty that
   // its loop believes readable (the number of the one before).
   Inject(vring.kick);
+  Memorize(index, /*starts=*/true);
   RETURN_IF_ERROR(SendNotifier(Request::kSetVringKick, index, vring.kick));
   AppliedVring& applied = link_.vrings[index];
   applied = AppliedVring{.running = true, .call_stale = false, .must_stop = false, .base = std::nullopt};

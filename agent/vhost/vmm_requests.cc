@@ -1,8 +1,6 @@
 // What the VMM asks of a device. Every request has been validated by itself (ValidateRequest) before it comes
 // here; here it is judged against the device, recorded, and forwarded when the back-end can be spoken to.
 // When it cannot, the record alone answers, and the back-end learns of it when it is built again.
-#include <sys/stat.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <utility>
@@ -19,10 +17,11 @@ constexpr auto kMessageTime = std::chrono::seconds(2);
 // Writes to the configuration space that are kept for a rebuild; more than a driver ever makes.
 constexpr size_t kMaxConfigWrites = 64;
 
-// What we can do for a VMM when the back-end can, besides what we do ourselves.
+// What we can do for a VMM when the back-end can, besides what we do ourselves. Not INFLIGHT_SHMFD: the
+// region must be where a new shim, a new back-end or another host can be given it, and no VMM does more with
+// it than keep it.
 constexpr uint64_t kRelayed = pf::kMq | pf::kLogShmfd | pf::kRarp | pf::kNetMtu | pf::kBackendReq |
-                              pf::kConfig | pf::kInflightShmfd | pf::kResetDevice | pf::kConfigureMemSlots |
-                              pf::kStatus;
+                              pf::kConfig | pf::kResetDevice | pf::kConfigureMemSlots | pf::kStatus;
 
 template <typename... Args>
 absl::Status Refuse(fmt::format_string<Args...> format, Args&&... args) {
@@ -135,8 +134,6 @@ absl::Status Mediator::Impl::Dispatch(WireMessage& m) {
       return OnGetVringBase(m);
     case Request::kGetConfig:
       return OnGetConfig(m);
-    case Request::kGetInflightFd:
-      return OnGetInflight(m);
     case Request::kSetFeatures:
       RETURN_IF_ERROR(OnSetFeatures(m, &refused));
       break;
@@ -167,9 +164,6 @@ absl::Status Mediator::Impl::Dispatch(WireMessage& m) {
       break;
     case Request::kSetConfig:
       RETURN_IF_ERROR(OnSetConfig(m, &refused));
-      break;
-    case Request::kSetInflightFd:
-      RETURN_IF_ERROR(OnSetInflight(m));
       break;
     case Request::kSetStatus:
       RETURN_IF_ERROR(OnStatus(m, &refused));
@@ -250,6 +244,7 @@ absl::Status Mediator::Impl::OnMemory(WireMessage& m, absl::Status* refused) {
     RETURN_IF_ERROR(Annotate(record_.memory.Remove(m.As<MemReg>().region), "REM_MEM_REG"));
   }
   if (callbacks_.on_memory) callbacks_.on_memory(record_.memory.Describe());
+  if (record_.any_started()) MemorizeAll();
   if (!Ready()) {
     link_.memory_stale = true;
     return absl::OkStatus();
@@ -321,6 +316,7 @@ absl::Status Mediator::Impl::OnGetVringBase(const WireMessage& m) {
     told = StopVring(state.index);
     vring.told = told;
     stop_ended_ = Clock::now();
+    Memorize(state.index);
   }
   vring.kick = {};
   VringState answer{state.index, told};
@@ -428,31 +424,6 @@ absl::Status Mediator::Impl::OnSetConfig(const WireMessage& m, absl::Status* ref
   return absl::OkStatus();
 }
 
-absl::Status Mediator::Impl::OnGetInflight(const WireMessage& m) {
-  auto wanted = m.As<InflightDescription>();
-  if (!Ready()) return Refuse("GET_INFLIGHT_FD: the back-end is not there to allocate the region");
-  auto region = link_.frontend->GetInflight(wanted.num_queues, wanted.queue_size, RequestDeadline());
-  if (!region.ok()) {
-    LoseBackend(region.status());
-    return Annotate(region.status(), "GET_INFLIGHT_FD");
-  }
-  int fd = region->second.get();
-  return Reply(m, Bytes(region->first), {&fd, 1});
-}
-
-absl::Status Mediator::Impl::OnSetInflight(WireMessage& m) {
-  auto description = m.As<InflightDescription>();
-  struct stat st;
-  if (::fstat(m.fds[0].get(), &st) != 0 ||
-      static_cast<uint64_t>(st.st_size) < description.mmap_offset + description.mmap_size) {
-    return Refuse("SET_INFLIGHT_FD: {} bytes at offset {} do not fit into the file", description.mmap_size,
-                  description.mmap_offset);
-  }
-  record_.inflight = {description, std::move(m.fds[0]), true};
-  link_.inflight_sent = false;  // sent before the first ring starts
-  return absl::OkStatus();
-}
-
 absl::Status Mediator::Impl::OnStatus(const WireMessage& m, absl::Status* refused) {
   record_.status = m.As<uint64_t>();
   if (!Ready()) return absl::OkStatus();
@@ -467,6 +438,7 @@ absl::Status Mediator::Impl::OnResetDevice(absl::Status* refused) {
     vring.lost = false;
   }
   record_.status.reset();
+  memo_->ForgetRings();
   if (!Ready()) {
     for (auto& [index, applied] : link_.vrings) applied.must_stop = applied.running;
     return absl::OkStatus();

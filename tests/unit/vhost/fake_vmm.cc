@@ -39,6 +39,18 @@ FakeVmm::FakeVmm(const std::string& socket) {
 
 FakeVmm::~FakeVmm() { ::munmap(memory_, kMemory); }
 
+void FakeVmm::Reconnect(const std::string& socket) {
+  auto connection = Connection::Dial(socket, Soon());
+  ASSERT_TRUE(connection.ok()) << connection.status();
+  connection_ = std::move(*connection);
+}
+
+void FakeVmm::ClearRing() {
+  std::memset(At(kAvail), 0, 0x1000);
+  std::memset(At(kUsed), 0, 0x1000);
+  avail_ = 0;
+}
+
 absl::Status FakeVmm::Send(Request request, std::span<const uint8_t> payload, std::vector<int> fds,
                            bool need_reply) {
   return connection_.Send(static_cast<uint32_t>(request), kVersion | (need_reply ? kFlagNeedReply : 0),

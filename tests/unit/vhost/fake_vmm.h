@@ -59,6 +59,11 @@ class FakeVmm {
   void SetMemory();
   void StartRing(uint16_t base = 0);
 
+  // A new connection of the same VMM: its memory, rings and notifications stay.
+  void Reconnect(const std::string& socket);
+  // The guest was reset: its driver sets an empty ring up at the same place.
+  void ClearRing();
+
   // Puts a write (or read) of sector `sector` at descriptors 3 * slot and, unless told otherwise, kicks.
   void Submit(uint16_t slot, bool write, uint64_t sector, uint8_t fill = 0, bool kick = true);
   uint16_t UsedIndex() const;

@@ -187,7 +187,7 @@ TEST_F(MediatorTest, LogHasTheWritesOfTheBackendAndNothingElse) {
 }
 
 TEST_F(MediatorTest, InflightRequestsOfADeadBackendAreSubmittedAgain) {
-  Begin({.inflight = true, .delay_us = 2000000}, pf::kInflightShmfd);
+  Begin({.inflight = true, .delay_us = 2000000});
   for (uint16_t i = 0; i < 5; ++i) vmm_->Submit(i, true, i, static_cast<uint8_t>(10 + i));
   ::usleep(20000);
   StartBackend({.inflight = true});
@@ -195,29 +195,6 @@ TEST_F(MediatorTest, InflightRequestsOfADeadBackendAreSubmittedAgain) {
   for (uint16_t i = 0; i < 5; ++i) EXPECT_EQ(*vmm_->At(FakeVmm::kBuffers + i * 0x1000 + 0x800), 0) << i;
   for (int i = 0; i < 1000 && mediator_->Describe().reconnects() == 0; ++i) ::usleep(1000);
   EXPECT_EQ(mediator_->Describe().reconnects(), 1u);
-}
-
-TEST_F(MediatorTest, VmmMayKeepTheInflightRegionItself) {
-  StartBackend({.inflight = true, .delay_us = 2000000});
-  StartMediator();
-  vmm_ = std::make_unique<FakeVmm>(dir_ + "/vmm.sock");
-  vmm_->Negotiate();
-  vmm_->SetMemory();
-  InflightDescription wanted{0, 0, 1, FakeVmm::kRingSize, 0};
-  ASSERT_TRUE(vmm_->Send(Request::kGetInflightFd, Bytes(wanted)).ok());
-  auto region = vmm_->Receive();
-  ASSERT_TRUE(region.ok()) << region.status();
-  ASSERT_EQ(region->fds.size(), 1u);
-  auto description = region->As<InflightDescription>();
-  description.num_queues = 1;
-  description.queue_size = FakeVmm::kRingSize;
-  auto set = vmm_->Set(Request::kSetInflightFd, description, {region->fds[0].get()});
-  ASSERT_TRUE(set.ok() && *set == 0) << set.status();
-  vmm_->StartRing();
-  for (uint16_t i = 0; i < 3; ++i) vmm_->Submit(i, true, i, 1);
-  ::usleep(20000);
-  StartBackend({.inflight = true});
-  EXPECT_TRUE(vmm_->AwaitUsed(3)) << mediator_->Describe().ShortDebugString();
 }
 
 TEST_F(MediatorTest, WithoutRegionOutOfOrderRequestsAreHeldAndANewStartFreesTheDevice) {

@@ -1,0 +1,305 @@
+// Another back-end for a device under a running guest.
+//
+// The guest runs on and goes on making requests available, so a ring does not run empty by itself: the old back-end
+// must stop fetching. It is first given kick descriptors that nobody writes to; then it is stopped in the way of its
+// kind (docs/backends.md) and only a ring with nothing in flight is taken from it. What the guest made available
+// meanwhile waits in the ring, and the new back-end finds it there: StartVring looks without being told.
+#include <poll.h>
+#include <sys/eventfd.h>
+
+#include <algorithm>
+#include <future>
+
+#include "agent/vhost/mediator_impl.h"
+#include "agent/vhost/probe.h"
+#include "agent/virtio/features.h"
+#include "common/log.h"
+
+namespace baton::vhost {
+namespace {
+
+constexpr auto kSwapPoll = std::chrono::microseconds(200);
+
+// A wait for something that has no event: memory shared with the back-end.
+void PauseOnce() {
+  timespec wait{0, std::chrono::nanoseconds(kSwapPoll).count()};
+  ::ppoll(nullptr, 0, &wait, nullptr);
+}
+
+}  // namespace
+
+absl::StatusOr<SwapResult> Mediator::Impl::Swap(const SwapOptions& wanted,
+                                                std::function<absl::Status()> record, Deadline deadline) {
+  // A caller that gave up must not find the device swapped later; one whose swap has begun hears its end.
+  enum { kWaiting, kBegun, kAbandoned };
+  struct Shared {
+    std::atomic<int> state{kWaiting};
+    std::promise<absl::StatusOr<SwapResult>> result;
+  };
+  auto shared = std::make_shared<Shared>();
+  auto future = shared->result.get_future();
+  absl::Status ran = Run(
+      [this, shared, wanted, record = std::move(record)] {
+        int waiting = kWaiting;
+        if (!shared->state.compare_exchange_strong(waiting, kBegun)) return absl::OkStatus();
+        auto result = SwapNow(wanted, record);
+        Publish();
+        shared->result.set_value(std::move(result));
+        return absl::OkStatus();
+      },
+      deadline);
+  int waiting = kWaiting;
+  if (!ran.ok() && shared->state.compare_exchange_strong(waiting, kAbandoned)) return ran;
+  return future.get();
+}
+
+absl::StatusOr<SwapResult> Mediator::Impl::SwapNow(const SwapOptions& wanted,
+                                                   const std::function<absl::Status()>& record) {
+  auto refuse = [&](absl::StatusCode code, const std::string& why) {
+    return Error(code, "device {}: {}", name(), why);
+  };
+  if (options_.backend.socket() == wanted.backend.socket()) return SwapResult{.unchanged = true};
+  if (Armed() || logging_) {
+    return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
+                 "device {}: it is being migrated; its back-end cannot be swapped now", name());
+  }
+  if (link_.state == LinkState::kHeld) return refuse(absl::StatusCode::kFailedPrecondition, message_);
+  if (link_.state == LinkState::kOverdue)
+    return refuse(absl::StatusCode::kUnavailable, "its back-end owes an answer: " + message_);
+  if (wanted.inflight == v1::HANDOFF) {
+    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+                 "device {}: its back-end ({}) does not suspend with requests in flight and confirm that it has "
+                 "cancelled them; use drain",
+                 name(), quirks_.name);
+  }
+
+  // The new one first, up to the point where it could start the rings.
+  const v1::Backend old_backend = options_.backend;
+  const v1::Device before = BuildDescription();
+  const bool was_ready = Ready();
+  struct Side {
+    Link link;
+    v1::Backend backend;
+    Offer offer;
+    std::vector<uint8_t> config;
+    std::string message;
+  };
+  auto take = [&] {
+    Side side{std::exchange(link_, Link()), options_.backend, offer_, config_, message_};
+    return side;
+  };
+  auto give = [&](Side side) {
+    link_ = std::move(side.link);
+    options_.backend = std::move(side.backend);
+    quirks_ = QuirksOf(options_.backend.kind());
+    offer_ = side.offer;
+    config_ = std::move(side.config);
+    message_ = std::move(side.message);
+  };
+  Side old = take();
+  options_.backend = wanted.backend;
+  quirks_ = QuirksOf(options_.backend.kind());
+  absl::Status connected = ConnectForSwap(Deadline::After(options_.connect_timeout));
+  if (connected.ok()) {
+    for (const v1::Finding& finding : CompareForSwap(before, BuildDescription())) {
+      if (finding.severity() == v1::BLOCKER) {
+        connected = absl::FailedPreconditionError(finding.message());
+        break;
+      }
+    }
+  }
+  if (!connected.ok()) {
+    give(std::move(old));
+    return Annotate(WithReason(connected, v1::DESTINATION_BACKEND_FAILED),
+                    fmt::format("device {}: back-end {}", name(), wanted.backend.socket()));
+  }
+  Side fresh = take();
+  give(std::move(old));
+
+  // Then the old one.
+  const auto began = Clock::now();
+  if (was_ready) {
+    absl::Status stopped = StopForSwap(Deadline::After(wanted.drain_bound));
+    if (!stopped.ok()) return Annotate(stopped, fmt::format("device {}", name()));
+  }
+  if (absl::Status recorded = record ? record() : absl::OkStatus(); !recorded.ok()) {
+    if (was_ready) ResumeAfterSwap();
+    return Annotate(recorded, fmt::format("device {}: its new back-end could not be recorded", name()));
+  }
+
+  // From here on there is only the new one.
+  old = take();
+  give(std::move(fresh));
+  old.link = Link();
+  backoff_ = {};
+  ++swaps_;
+  message_.clear();
+  LOG_INFO("device {}: back-end {} replaced by {}", name(), old_backend.socket(), options_.backend.socket());
+  absl::Status built = BuildRings();
+  SwapResult result;
+  result.pause = Clock::now() - began;
+  if (built.ok()) return result;
+  if (absl::IsFailedPrecondition(built)) {
+    Hold(built);
+  } else {
+    LoseBackend(built);
+  }
+  return Error(v1::SOURCE_BACKEND_FAILED, absl::StatusCode::kUnavailable,
+               "device {}: it was given to back-end {}, which failed: {}; the old one is not used any more", name(),
+               options_.backend.socket(), Message(built));
+}
+
+absl::Status Mediator::Impl::ConnectForSwap(Deadline deadline) {
+  RETURN_IF_ERROR(Dial());
+  pollfd p{link_.frontend->fd(), POLLIN, 0};
+  if (::poll(&p, 1, deadline.PollTimeoutMs()) == 0) {
+    return absl::DeadlineExceededError(
+        "accepts the connection but does not answer (stopped, or busy with another front-end)");
+  }
+  ASSIGN_OR_RETURN(uint64_t features, link_.frontend->FinishGetFeatures(deadline));
+  RETURN_IF_ERROR(Negotiate(features));
+  link_.state = LinkState::kReady;
+  return BuildDevice();
+}
+
+absl::Status Mediator::Impl::StopForSwap(Deadline deadline) {
+  std::vector<uint32_t> running;
+  for (const auto& [index, applied] : link_.vrings) {
+    if (applied.running) running.push_back(index);
+  }
+  // Nobody tells it of requests any more.
+  absl::Status status;
+  for (uint32_t index : running) {
+    Notifier silence{true, UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))};
+    if (!silence.fd) return ErrnoError(errno, "eventfd");
+    status = SendNotifier(Request::kSetVringKick, index, silence);
+    if (!status.ok()) break;
+  }
+  if (status.ok() && !running.empty() && quirks_.drains_on_disconnect) {
+    status = DrainByDisconnect(deadline);
+  } else if (status.ok()) {
+    // A back-end that answers GET_VRING_BASE at once may lose what it completes afterwards.
+    while (link_.inflight_sent && InFlightByRegion().value_or(0) != 0) {
+      if (deadline.Expired()) {
+        status = Error(v1::DRAIN_TIMEOUT, absl::StatusCode::kDeadlineExceeded,
+                       "{} requests are still in flight at the bound", InFlightByRegion().value_or(0));
+        break;
+      }
+      PauseOnce();
+    }
+    for (size_t i = 0; status.ok() && i < running.size(); ++i) status = StopRingForSwap(running[i], deadline);
+  }
+  if (status.ok()) return status;
+  if (!link_.frontend || (!absl::IsFailedPrecondition(status) && ReasonOf(status) != v1::DRAIN_TIMEOUT)) {
+    // Out of step: the rings are recovered over a new connection.
+    if (link_.frontend) LoseBackend(status);
+    return WithReason(status, v1::SOURCE_BACKEND_FAILED);
+  }
+  ResumeAfterSwap();
+  return status;
+}
+
+absl::Status Mediator::Impl::StopRingForSwap(uint32_t index, Deadline deadline) {
+  auto late = [&](const std::string& what) {
+    return Error(v1::DRAIN_TIMEOUT, absl::StatusCode::kDeadlineExceeded, "ring {}: {}", index, what);
+  };
+  auto base = link_.frontend->GetVringBase(index, deadline);
+  if (!base.ok()) {
+    if (!link_.frontend->overdue()) return base.status();
+    // The answer is waited for, and then the ring is started again.
+    link_.vrings[index].must_stop = true;
+    AwaitOverdue(base.status());
+    return late("the back-end did not stop it in time");
+  }
+  // Back-ends that answer at once complete the rest in the background.
+  while (!record_.packed() && UsedIndex(index) != *base) {
+    if (deadline.Expired()) break;
+    if (!DrainMoment()) return absl::UnavailableError("the back-end hung up while a ring drained");
+  }
+  VringRecord& vring = record_.vrings[index];
+  AppliedVring& applied = link_.vrings[index];
+  applied.running = false;
+  applied.base = vring.base = vring.told = *base;
+  MarkRingDirty(index);
+  if (record_.packed()) {
+    ASSIGN_OR_RETURN(virtio::PackedRing ring, record_.Packed(index));
+    const uint32_t raw = *base <= 0xffff ? *base | *base << 16 : *base;
+    if (!virtio::CheckPackedDrained(ring.size, virtio::DecodePackedBase(raw)).ok())
+      return late("requests are still in flight");
+  } else if (UsedIndex(index) != *base) {
+    return late(fmt::format("{} requests are still in flight",
+                            static_cast<uint16_t>(*base - UsedIndex(index))));
+  }
+  Memorize(index);
+  return absl::OkStatus();
+}
+
+absl::Status Mediator::Impl::DrainByDisconnect(Deadline deadline) {
+  // It serves the next connection only when all of this one is done; kicks no longer reach it, so that comes.
+  std::vector<uint32_t> running;
+  for (const auto& [index, applied] : link_.vrings) {
+    if (applied.running) running.push_back(index);
+  }
+  RETURN_IF_ERROR(Dial());
+  pollfd p{link_.frontend->fd(), POLLIN, 0};
+  if (::poll(&p, 1, deadline.PollTimeoutMs()) == 0) {
+    // The hello goes on; what follows is an ordinary reconnect to the old one.
+    for (uint32_t index : running) record_.vrings[index].base = UsedIndex(index);
+    return Error(v1::DRAIN_TIMEOUT, absl::StatusCode::kDeadlineExceeded,
+                 "its back-end still had requests in flight at the bound");
+  }
+  auto features = link_.frontend->FinishGetFeatures(deadline);
+  if (!features.ok()) return features.status();
+  for (uint32_t index : running) {
+    VringRecord& vring = record_.vrings[index];
+    vring.base = UsedIndex(index);
+    Memorize(index);
+  }
+  // A record that fails after this goes back to it.
+  RETURN_IF_ERROR(Negotiate(*features));
+  link_.state = LinkState::kReady;
+  return BuildDevice();
+}
+
+void Mediator::Impl::ResumeAfterSwap() {
+  // kHello: it drains, and is built again when it answers. kOverdue: Reconcile starts what has to run.
+  if (!Ready()) return;
+  absl::Status status;
+  for (auto& [index, vring] : record_.vrings) {
+    if (!vring.started || !status.ok()) continue;
+    if (!link_.vrings[index].running) {
+      status = StartVring(index);
+    } else {
+      Inject(vring.kick);
+      status = SendNotifier(Request::kSetVringKick, index, vring.kick);
+    }
+    if (status.ok() && vring.enabled && link_.enabled[index] != *vring.enabled) {
+      VringState state{index, *vring.enabled ? 1u : 0u};
+      status = link_.frontend->Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline());
+      link_.enabled[index] = *vring.enabled;
+    }
+  }
+  if (absl::IsFailedPrecondition(status)) {
+    Hold(status);
+  } else if (!status.ok()) {
+    LoseBackend(status);
+  }
+}
+
+std::optional<uint64_t> Mediator::Impl::InFlightByRegion() {
+  if (!record_.inflight || !link_.inflight_sent) return std::nullopt;
+  uint64_t total = 0;
+  for (const auto& [index, vring] : record_.vrings) {
+    if (!vring.started || !vring.addr) continue;
+    auto ring = record_.Split(index);
+    if (!ring.ok()) return std::nullopt;
+    auto indices = virtio::ReadSplitIndices(record_.memory, *ring);
+    if (!indices.ok()) return std::nullopt;
+    auto set = ReadInflightPart(index, *indices);
+    if (!set.ok()) return std::nullopt;
+    total += set->heads.size();
+  }
+  return total;
+}
+
+}  // namespace baton::vhost
