@@ -191,7 +191,6 @@ uint64_t Mediator::Impl::EffectiveFeatures() const {
 uint64_t Mediator::Impl::EffectiveProtocolFeatures() const {
   uint64_t features = offer_.protocol_features & kWanted;
   features |= record_.protocol_features & offer_.protocol_features & pf::kStatus;
-  if (record_.packed()) features &= ~pf::kInflightShmfd;
   return features;
 }
 

@@ -104,14 +104,20 @@ absl::Status Mediator::Impl::AdoptRegion(const InflightDescription& wanted, bool
   const InflightRegion old = std::exchange(record_.inflight, {});
   if (!needed) return absl::OkStatus();
   const InflightDescription& d = old.description;
-  ASSIGN_OR_RETURN(uint64_t from, virtio::InferSplitStride(d.mmap_size, d.num_queues, d.queue_size));
-  ASSIGN_OR_RETURN(uint64_t to,
-                   virtio::InferSplitStride(wanted.mmap_size, wanted.num_queues, wanted.queue_size));
+  ASSIGN_OR_RETURN(uint64_t from, RegionStride(d));
+  ASSIGN_OR_RETURN(uint64_t to, RegionStride(wanted));
+  if (record_.packed() && d.queue_size != wanted.queue_size) {
+    // The free list ends at the last entry of a part.
+    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+                 "the in-flight region is for packed rings of {}, not of {}", d.queue_size,
+                 wanted.queue_size);
+  }
   ASSIGN_OR_RETURN(std::vector<uint8_t> bytes, ReadRegion(old.fd.get(), d.mmap_offset, d.mmap_size));
   std::vector<uint8_t> content(wanted.mmap_size);
   for (uint32_t i = 0; i < d.num_queues; ++i) {
     uint8_t* part = content.data() + i * to;
     std::copy_n(bytes.begin() + static_cast<ptrdiff_t>(i * from), std::min(from, to), part);
+    if (record_.packed()) continue;
     virtio::InflightSplitHeader header;
     std::memcpy(&header, part, sizeof header);
     if (header.version == 0) continue;
@@ -123,40 +129,83 @@ absl::Status Mediator::Impl::AdoptRegion(const InflightDescription& wanted, bool
   return absl::OkStatus();
 }
 
-absl::Status Mediator::Impl::InitInflightPart(uint32_t index, uint16_t used_idx) {
+absl::StatusOr<uint64_t> Mediator::Impl::RegionStride(const InflightDescription& d) const {
+  return virtio::InferInflightStride(
+      record_.packed() ? virtio::RingFormat::kPacked : virtio::RingFormat::kSplit, d.mmap_size, d.num_queues,
+      d.queue_size);
+}
+
+absl::Status Mediator::Impl::InitInflightPart(uint32_t index, virtio::PackedPosition used) {
   const InflightDescription& d = record_.inflight.description;
-  ASSIGN_OR_RETURN(uint64_t stride, virtio::InferSplitStride(d.mmap_size, d.num_queues, d.queue_size));
+  ASSIGN_OR_RETURN(uint64_t stride, RegionStride(d));
   if (index >= d.num_queues) {
     return Error(absl::StatusCode::kInvalidArgument,
                  "ring {} has no place in the in-flight region of {} queues", index, d.num_queues);
   }
   std::vector<uint8_t> part(stride);
-  RETURN_IF_ERROR(virtio::InitInflightSplit(part, d.queue_size, used_idx));
+  RETURN_IF_ERROR(record_.packed() ? virtio::InitInflightPacked(part, d.queue_size, used)
+                                   : virtio::InitInflightSplit(part, d.queue_size, used.idx));
   ssize_t n = ::pwrite(record_.inflight.fd.get(), part.data(), part.size(),
                        static_cast<off_t>(d.mmap_offset + stride * index));
   if (n != static_cast<ssize_t>(part.size())) return ErrnoError(errno, "writing the in-flight region");
   return absl::OkStatus();
 }
 
-absl::StatusOr<virtio::InflightSet> Mediator::Impl::ReadInflightPart(uint32_t index,
-                                                                     virtio::SplitIndices indices) {
+absl::StatusOr<virtio::InflightSet> Mediator::Impl::ReadInflightPart(uint32_t index) {
   const InflightDescription& d = record_.inflight.description;
-  ASSIGN_OR_RETURN(uint64_t stride, virtio::InferSplitStride(d.mmap_size, d.num_queues, d.queue_size));
+  ASSIGN_OR_RETURN(uint64_t stride, RegionStride(d));
   auto unknown = [&](const std::string& what) {
     return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition, "ring {}: {}", index, what);
   };
-  if (index >= d.num_queues) return unknown("it is not in the in-flight region");
+  if (!record_.inflight || index >= d.num_queues) return unknown("it is not in the in-flight region");
   ASSIGN_OR_RETURN(std::vector<uint8_t> part,
                    ReadRegion(record_.inflight.fd.get(), d.mmap_offset + stride * index, stride));
-  ASSIGN_OR_RETURN(auto set, virtio::ReadInflightSplit(part, static_cast<uint16_t>(record_.vrings[index].num),
-                                                       indices.used));
+  if (record_.packed()) {
+    ASSIGN_OR_RETURN(virtio::PackedRing ring, record_.Packed(index));
+    ASSIGN_OR_RETURN(auto set, virtio::ReadInflightPacked(part, record_.memory, ring));
+    if (absl::Status sound = virtio::CheckInflightPacked(ring.size, set); !sound.ok())
+      return unknown(Message(sound));
+    return set;
+  }
+  ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
+  ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(record_.memory, ring));
+  ASSIGN_OR_RETURN(auto set, virtio::ReadInflightSplit(part, ring.size, indices.used));
   if (const uint16_t outstanding = static_cast<uint16_t>(indices.avail - indices.used);
-      set.heads.size() > outstanding) {
+      set.size() > outstanding) {
     return unknown(
         fmt::format("{} requests are in flight by the in-flight region, but only {} were made available",
-                    set.heads.size(), outstanding));
+                    set.size(), outstanding));
   }
   return set;
+}
+
+absl::StatusOr<uint32_t> Mediator::Impl::BaseByRegion(uint32_t index, uint32_t asked) {
+  VringRecord& vring = record_.vrings[index];
+  virtio::PackedPosition used = virtio::DecodePackedBase(asked).used;
+  bool at_beginning = asked == virtio::kPackedBaseAfterReset;
+  if (!record_.packed()) {
+    ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
+    ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(record_.memory, ring));
+    used = {indices.used, true};
+    at_beginning = asked == 0 && indices.used == 0;
+  }
+  if (vring.lost) {
+    auto set = ReadInflightPart(index);
+    if (set.ok()) {
+      LOG_INFO("device {}: ring {}: {} requests in flight will be submitted again", name(), index,
+               set->size());
+      auto base = virtio::BaseFor(quirks_.inflight, static_cast<uint16_t>(vring.num), *set);
+      // A kind that nothing is known of is told what most back-ends want: they add what is in flight
+      // themselves.
+      if (!base.ok() && !record_.packed()) return used.idx;
+      return base;
+    }
+    // A guest that was reset while nobody served it has other requests at the same place.
+    if (!at_beginning) return set.status();
+    LOG_INFO("device {}: ring {} begins anew: {}", name(), index, Message(set.status()));
+  }
+  RETURN_IF_ERROR(InitInflightPart(index, used));
+  return record_.packed() ? asked : used.idx;
 }
 
 uint64_t Mediator::Impl::MemoryDigest() const {

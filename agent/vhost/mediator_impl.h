@@ -177,9 +177,14 @@ class Mediator::Impl {
   // Finds the region that was noted and the back-end can go on with, laid out anew if its strides differ.
   absl::Status AdoptRegion(const InflightDescription& wanted, bool needed);
   // Initialises one queue's part of the in-flight region for a ring that starts with nothing in flight.
-  absl::Status InitInflightPart(uint32_t index, uint16_t used_idx);
-  // What is in flight by the region. INFLIGHT_UNKNOWN when it contradicts the ring.
-  absl::StatusOr<virtio::InflightSet> ReadInflightPart(uint32_t index, virtio::SplitIndices indices);
+  // `used`: of a split ring its used->idx.
+  absl::Status InitInflightPart(uint32_t index, virtio::PackedPosition used);
+  // What is in flight by the region, whatever back-end serves the ring or none. INFLIGHT_UNKNOWN when it
+  // contradicts the ring. For a ring that is being served the answer may be old before it is given.
+  absl::StatusOr<virtio::InflightSet> ReadInflightPart(uint32_t index);
+  absl::StatusOr<uint64_t> RegionStride(const InflightDescription& region) const;
+  // Where a ring with a region begins: initialises its part, or, if it was lost, goes by what the part says.
+  absl::StatusOr<uint32_t> BaseByRegion(uint32_t index, uint32_t asked);
   // The first start of a ring in a session: what the memo knows of this very ring becomes part of the record.
   void Recall(uint32_t index);
   // Notes how the ring stands. To be called before a back-end is let at it, and after it has left it.

@@ -5,17 +5,17 @@ namespace baton::vhost {
 Quirks QuirksOf(v1::BackendKind kind) {
   switch (kind) {
     case v1::QEMU_STORAGE_DAEMON:
-      return {"qemu-storage-daemon", true, true};
+      return {"qemu-storage-daemon", true, true, virtio::InflightKind::kUnknown};
     case v1::DPDK:
-      return {"DPDK", false, false};
+      return {"DPDK", false, false, virtio::InflightKind::kDpdk};
     case v1::SPDK:
-      return {"SPDK", false, false};
+      return {"SPDK", false, false, virtio::InflightKind::kSpdk};
     case v1::LIBVHOST_USER:
-      return {"libvhost-user", false, false};
+      return {"libvhost-user", false, false, virtio::InflightKind::kLibvhostUser};
     case v1::LAB:
-      return {"lab", false, false};
+      return {"lab", false, false, virtio::InflightKind::kSpec};
     default:
-      return {"unknown", false, false};
+      return {"unknown", false, false, virtio::InflightKind::kUnknown};
   }
 }
 

@@ -1,6 +1,7 @@
 // What is known of the kinds of back-ends (docs/backends.md has the table with its sources).
 #pragma once
 
+#include "agent/virtio/inflight_layout.h"
 #include "baton/v1/vm_spec.pb.h"
 
 namespace baton::vhost {
@@ -13,6 +14,8 @@ struct Quirks {
   // What was in flight when it died may be worked out from both rings (RecoverSplit), because it starts to
   // serve a new connection only when nothing of an older one is in flight.
   bool window_recovery;
+  // How it lays out an in-flight region, and which base it means and wants.
+  virtio::InflightKind inflight;
 };
 
 Quirks QuirksOf(v1::BackendKind kind);

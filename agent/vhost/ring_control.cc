@@ -32,9 +32,9 @@ absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
   const uint32_t asked = vring.base.value_or(record_.packed() ? virtio::kPackedBaseAfterReset : 0);
   // The VMM gives back what it was told; the back-end goes on from what it really said.
   if (applied.base && vring.told == asked && !vring.lost) return *applied.base;
+  if (link_.inflight_sent) return BaseByRegion(index, asked);
   if (record_.packed()) {
     if (!vring.lost) return asked;
-    if (link_.inflight_sent) return asked;
     return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
                  "ring {} is packed and has no in-flight region: where the back-end was cannot be told",
                  index);
@@ -42,24 +42,7 @@ absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
   ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
   ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(record_.memory, ring));
   // In order means: what was in flight are the avail entries from used->idx on.
-  if (vring.lost && (*record_.features & virtio::kFInOrder) && !link_.inflight_sent) return indices.used;
-  if (link_.inflight_sent) {
-    // Back-ends add what is in flight to used->idx by themselves (libvhost-user ignores the base, DPDK adds
-    // to it).
-    if (vring.lost) {
-      auto set = ReadInflightPart(index, indices);
-      if (set.ok()) {
-        LOG_INFO("device {}: ring {}: {} requests in flight will be submitted again", name(), index,
-                 set->heads.size());
-        return indices.used;
-      }
-      // A guest that was reset while nobody served it has other requests at the same place.
-      if (indices.used != 0 || asked != 0) return set.status();
-      LOG_INFO("device {}: ring {} begins anew: {}", name(), index, Message(set.status()));
-    }
-    RETURN_IF_ERROR(InitInflightPart(index, indices.used));
-    return indices.used;
-  }
+  if (vring.lost && (*record_.features & virtio::kFInOrder)) return indices.used;
   if (!vring.lost && !quirks_.drains_on_disconnect) return asked;
   // A new connection to a back-end that completed what an older one had in flight (or forgot it:
   // libvhost-user drops completions after an error on its socket), or the successor of one that died. What

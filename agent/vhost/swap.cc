@@ -1,9 +1,10 @@
 // Another back-end for a device under a running guest.
 //
-// The guest runs on and goes on making requests available, so a ring does not run empty by itself: the old back-end
-// must stop fetching. It is first given kick descriptors that nobody writes to; then it is stopped in the way of its
-// kind (docs/backends.md) and only a ring with nothing in flight is taken from it. What the guest made available
-// meanwhile waits in the ring, and the new back-end finds it there: StartVring looks without being told.
+// The guest runs on and goes on making requests available, so a ring does not run empty by itself: the old
+// back-end must stop fetching. It is first given kick descriptors that nobody writes to; then it is stopped
+// in the way of its kind (docs/backends.md) and only a ring with nothing in flight is taken from it. What the
+// guest made available meanwhile waits in the ring, and the new back-end finds it there: StartVring looks
+// without being told.
 #include <poll.h>
 #include <sys/eventfd.h>
 
@@ -67,10 +68,11 @@ absl::StatusOr<SwapResult> Mediator::Impl::SwapNow(const SwapOptions& wanted,
   if (link_.state == LinkState::kOverdue)
     return refuse(absl::StatusCode::kUnavailable, "its back-end owes an answer: " + message_);
   if (wanted.inflight == v1::HANDOFF) {
-    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
-                 "device {}: its back-end ({}) does not suspend with requests in flight and confirm that it has "
-                 "cancelled them; use drain",
-                 name(), quirks_.name);
+    return Error(
+        v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+        "device {}: its back-end ({}) does not suspend with requests in flight and confirm that it has "
+        "cancelled them; use drain",
+        name(), quirks_.name);
   }
 
   // The new one first, up to the point where it could start the rings.
@@ -145,8 +147,8 @@ absl::StatusOr<SwapResult> Mediator::Impl::SwapNow(const SwapOptions& wanted,
     LoseBackend(built);
   }
   return Error(v1::SOURCE_BACKEND_FAILED, absl::StatusCode::kUnavailable,
-               "device {}: it was given to back-end {}, which failed: {}; the old one is not used any more", name(),
-               options_.backend.socket(), Message(built));
+               "device {}: it was given to back-end {}, which failed: {}; the old one is not used any more",
+               name(), options_.backend.socket(), Message(built));
 }
 
 absl::Status Mediator::Impl::ConnectForSwap(Deadline deadline) {
@@ -227,8 +229,8 @@ absl::Status Mediator::Impl::StopRingForSwap(uint32_t index, Deadline deadline) 
     if (!virtio::CheckPackedDrained(ring.size, virtio::DecodePackedBase(raw)).ok())
       return late("requests are still in flight");
   } else if (UsedIndex(index) != *base) {
-    return late(fmt::format("{} requests are still in flight",
-                            static_cast<uint16_t>(*base - UsedIndex(index))));
+    return late(
+        fmt::format("{} requests are still in flight", static_cast<uint16_t>(*base - UsedIndex(index))));
   }
   Memorize(index);
   return absl::OkStatus();

@@ -1,5 +1,6 @@
 // Requests in flight when the shim, the VMM's connection or the back-end goes away: nothing lost, nothing
 // repeated.
+#include <fcntl.h>
 #include <gmock/gmock.h>
 
 #include <filesystem>
