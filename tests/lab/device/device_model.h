@@ -109,8 +109,11 @@ class DeviceModel {
   // A request that was in flight when a device before this one ended, oldest first, before the queue's first
   // Available. Overlapping requests take effect in this order.
   virtual void Replay(IoRequest* request) = 0;
-  // There may be chains to Pop.
+  // There may be chains to Pop. What is left in the ring (network receive buffers) is not offered again
+  // before the driver's next kick.
   virtual void Available(uint32_t queue) = 0;
+  // The driver can see that this request is complete.
+  virtual void Published(uint32_t /*queue*/, uint64_t /*counter*/) {}
   // Brings it about, now or later, that each request of the queue is completed or abandoned. Pop gives
   // nothing any more.
   virtual void Stop(uint32_t queue, StopMode mode) = 0;
