@@ -7,7 +7,8 @@
 namespace baton::virtio {
 
 CompletionQueue::CompletionQueue(uint16_t n, bool hold) : n_(n), hold_(hold), requests_(n), order_(n) {
-  staged_.reserve(n);
+  // So that making room moves what is staged at most once per n completions.
+  staged_.reserve(size_t{2} * n);
 }
 
 absl::Status CompletionQueue::Begin(Chain* chain, bool known_order) {
@@ -45,6 +46,10 @@ absl::Status CompletionQueue::Stage(uint16_t id, uint32_t len) {
     return Error(absl::StatusCode::kInvalidArgument, "{} bytes written to buffer {}, which has room for {}",
                  len, id, request.writable);
   }
+  if (staged_begin_ && staged_.size() == staged_.capacity()) {
+    staged_.erase(staged_.begin(), staged_.begin() + static_cast<std::ptrdiff_t>(staged_begin_));
+    staged_begin_ = 0;
+  }
   const Completion completion{request.sequence, len, id, request.slots, len == request.writable};
   if (!hold_) {
     staged_.push_back(completion);
@@ -58,15 +63,18 @@ absl::Status CompletionQueue::Stage(uint16_t id, uint32_t len) {
   return absl::OkStatus();
 }
 
-void CompletionQueue::Published() {
-  for (const Completion& completion : staged_) {
+void CompletionQueue::Published(size_t count) {
+  for (const Completion& completion : staged().first(count)) {
     requests_[completion.id].state = State::kIdle;
     slots_ -= completion.slots;
     highest_ = std::max(highest_, completion.sequence + 1);
   }
-  in_flight_ -= static_cast<uint16_t>(staged_.size());
-  published_ += staged_.size();
+  in_flight_ = static_cast<uint16_t>(in_flight_ - count);
+  published_ += count;
+  staged_begin_ += count;
+  if (staged_begin_ < staged_.size()) return;
   staged_.clear();
+  staged_begin_ = 0;
 }
 
 void CompletionQueue::SetHold(bool hold) {

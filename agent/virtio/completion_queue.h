@@ -39,9 +39,11 @@ class CompletionQueue {
   absl::Status Stage(uint16_t id, uint32_t len);
 
   // Ready to be published, in this order. Valid until the next call that is not const.
-  std::span<const Completion> staged() const { return staged_; }
-  // staged() was published.
-  void Published();
+  std::span<const Completion> staged() const {
+    return std::span<const Completion>(staged_).subspan(staged_begin_);
+  }
+  // The first `count` of staged() were published.
+  void Published(size_t count);
 
   // Switches. To hold needs prefix() and nothing staged; from hold stages everything that is held.
   void SetHold(bool hold);
@@ -75,6 +77,7 @@ class CompletionQueue {
   // By id. A packed ring's driver may use any 16 bits as an id: grows to the largest one seen.
   std::vector<Request> requests_;
   std::vector<Completion> staged_;
+  size_t staged_begin_ = 0;
   ReorderBuffer<Completion> order_;
   uint64_t next_sequence_ = 0;
   uint64_t published_ = 0;

@@ -33,6 +33,7 @@ class DeviceQueue {
   // holds.
   static absl::StatusOr<DeviceQueue> Create(const GuestMemory& memory, const QueueLayout& layout,
                                             const QueueOptions& options, uint32_t base) {
+    RETURN_IF_ERROR(CheckOrderFeatures(options.features, true));
     if (options.Has(kFRingPacked)) {
       ASSIGN_OR_RETURN(PackedDevice queue,
                        PackedDevice::Create(memory, layout, options, DecodePackedBase(base)));
@@ -76,9 +77,10 @@ class DeviceQueue {
     return std::visit([](const auto& queue) { return queue.staged(); }, queue_);
   }
   // Returns staged() to the driver, all at once: of a split ring one store of the index, of a packed ring the
-  // flags of the first descriptor, are last and release everything before. Returns how many.
-  uint16_t Publish() {
-    return std::visit([](auto& queue) { return queue.Publish(); }, queue_);
+  // flags of the first descriptor, are last and release everything before. With `most`, only the first so
+  // many (in-flight regions of some kinds cannot tell a batch). Returns how many.
+  uint16_t Publish(uint16_t most = UINT16_MAX) {
+    return std::visit([&](auto& queue) { return queue.Publish(most); }, queue_);
   }
   // Whether the driver wants an interrupt for what was published since the last time this was asked. True the
   // first time. Includes the full fence between publishing and reading the driver's wish.

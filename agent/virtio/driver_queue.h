@@ -29,6 +29,7 @@ class DriverQueue {
   // InvalidArgument: sizes, alignments. OutOfRange: not in guest memory.
   static absl::StatusOr<DriverQueue> Create(const GuestMemory& memory, const QueueLayout& layout,
                                             const QueueOptions& options, const IndirectArea& indirect = {}) {
+    RETURN_IF_ERROR(CheckOrderFeatures(options.features, true));
     if (options.Has(kFRingPacked)) {
       ASSIGN_OR_RETURN(PackedDriver queue, PackedDriver::Create(memory, layout, options, indirect));
       return DriverQueue(std::move(queue));

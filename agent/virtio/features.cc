@@ -26,7 +26,8 @@ const Names& CommonNames() {
                               {39, "NOTIF_CONFIG_DATA"},
                               {40, "RING_RESET"},
                               {41, "ADMIN_VQ"},
-                              {43, "SUSPEND"}};
+                              {43, "SUSPEND"},
+                              {49, "PARTIAL_ORDER (experimental)"}};
   return names;
 }
 
@@ -109,6 +110,22 @@ std::string Join(uint64_t features, std::initializer_list<const Names*> tables) 
 }
 
 }  // namespace
+
+absl::Status CheckOrderFeatures(uint64_t acked, bool experimental) {
+  if (!(acked & kFPartialOrder)) return absl::OkStatus();
+  if (!experimental) {
+    return Error(absl::StatusCode::kInvalidArgument,
+                 "feature 49 was acknowledged, which is PARTIAL_ORDER only where that experiment is on");
+  }
+  if (acked & kFInOrder) {
+    return Error(absl::StatusCode::kInvalidArgument,
+                 "IN_ORDER and PARTIAL_ORDER were both acknowledged; at most one of them can be");
+  }
+  if (!(acked & kFVersion1)) {
+    return Error(absl::StatusCode::kInvalidArgument, "PARTIAL_ORDER was acknowledged without VERSION_1");
+  }
+  return absl::OkStatus();
+}
 
 std::string FeatureNames(uint64_t features, v1::DeviceClass device_class) {
   if (device_class == v1::BLK) return Join(features, {&CommonNames(), &BlkNames()});

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "baton/v1/vm_spec.pb.h"
+#include "common/status.h"
 
 namespace baton::virtio {
 
@@ -32,6 +33,11 @@ inline constexpr uint64_t kVhostOnly = kVhostFLogAll | kVhostUserFProtocolFeatur
 // virtio-net bits that matter for a comparison of two back-ends.
 inline constexpr uint64_t kNetFMtu = Bit(3);
 inline constexpr uint64_t kNetFMq = Bit(22);
+
+// Whether a driver may acknowledge these order features together: at most one of IN_ORDER and PARTIAL_ORDER (a
+// device may offer both), PARTIAL_ORDER only with VERSION_1, and only where `experimental` says that both sides
+// were asked to try it. InvalidArgument names what is wrong.
+absl::Status CheckOrderFeatures(uint64_t acked, bool experimental);
 
 // "VERSION_1, EVENT_IDX, bit 7": names of the bits in `features` for a device of `device_class`.
 std::string FeatureNames(uint64_t features, v1::DeviceClass device_class);

@@ -160,8 +160,9 @@ bool PackedDevice::Unpop(const Chain& chain) {
   return true;
 }
 
-uint16_t PackedDevice::Publish() {
-  const std::span<const Completion> staged = completions_.staged();
+uint16_t PackedDevice::Publish(uint16_t most) {
+  std::span<const Completion> staged = completions_.staged();
+  staged = staged.first(std::min<size_t>(staged.size(), most));
   if (staged.empty()) return 0;
   const uint16_t n = layout_.size;
   const PackedPosition begin = next_used_;
@@ -208,7 +209,7 @@ uint16_t PackedDevice::Publish() {
   // nothing between.
   StoreRelease<uint64_t>(first_at, first_word);
   const auto count = static_cast<uint16_t>(staged.size());
-  completions_.Published();
+  completions_.Published(count);
   if (options_.log) LogDescriptors(begin, last);
   if (partial()) SetOrdering(ordering_);
   return count;

@@ -30,7 +30,7 @@ class PackedDevice {
 
   absl::Status Stage(uint16_t id, uint32_t len) { return completions_.Stage(id, len); }
   std::span<const Completion> staged() const { return completions_.staged(); }
-  uint16_t Publish();
+  uint16_t Publish(uint16_t most = UINT16_MAX);
   bool NeedsCall();
   void SetOrdering(Ordering ordering);
 

@@ -31,10 +31,10 @@ struct SplitDesc {
   uint16_t next;
 };
 struct PackedDesc {
-  uint64_t addr;
-  uint32_t len;
-  uint16_t id;
-  uint16_t flags;
+  uint64_t addr = 0;
+  uint32_t len = 0;
+  uint16_t id = 0;
+  uint16_t flags = 0;
   friend bool operator==(const PackedDesc&, const PackedDesc&) = default;
 };
 static_assert(sizeof(SplitDesc) == 16 && sizeof(PackedDesc) == 16);

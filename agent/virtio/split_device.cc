@@ -120,8 +120,9 @@ bool SplitDevice::Unpop(const Chain& chain) {
   return true;
 }
 
-uint16_t SplitDevice::Publish() {
-  const std::span<const Completion> staged = completions_.staged();
+uint16_t SplitDevice::Publish(uint16_t most) {
+  std::span<const Completion> staged = completions_.staged();
+  staged = staged.first(std::min<size_t>(staged.size(), most));
   if (staged.empty()) return 0;
   const uint16_t mask = layout_.size - 1;
   const bool batches = partial() ? order_.batches() : options_.Has(kFInOrder);
@@ -137,7 +138,7 @@ uint16_t SplitDevice::Publish() {
   const uint16_t begin = used_ & mask;
   used_ = static_cast<uint16_t>(used_ + count);
   StoreRelease<uint16_t>(used_ring_ + kRingIdx, used_);
-  completions_.Published();
+  completions_.Published(count);
   if (options_.log) {
     const uint32_t straight = std::min<uint32_t>(count, uint32_t{layout_.size} - begin);
     Log(kRingEntries + uint64_t{8} * begin, uint64_t{8} * straight);

@@ -23,10 +23,24 @@ class RingLab {
     layout.device = layout.driver + align(6 + uint64_t{2} * n);
     indirect = {layout.device + align(6 + uint64_t{8} * n), kIndirectEntries};
     buffers = indirect.gpa + uint64_t{16} * kIndirectEntries * n;
-    const uint64_t size = buffers + buffer_bytes - kBase;
-    bytes_ = std::make_unique<Line[]>((size + sizeof(Line) - 1) / sizeof(Line));
-    memory = GuestMemory::Create({{kBase, size, bytes_[0].bytes}}).value();
+    size_ = (buffers + buffer_bytes - kBase + 63) / 64 * 64;
+    Map();
   }
+
+  // The same guest memory at other addresses of this process, as after a migration. `before` keeps the old
+  // mapping until the queues have left it.
+  void Move() {
+    before = std::move(bytes_);
+    Map();
+    std::memcpy(bytes_[0].bytes, before[0].bytes, size_);
+  }
+
+  uint8_t* At(uint64_t gpa) { return memory.At(gpa, 1); }
+
+  struct alignas(64) Line {
+    uint8_t bytes[64] = {};
+  };
+  std::unique_ptr<Line[]> before;
 
   QueueLayout layout;
   IndirectArea indirect;
@@ -34,9 +48,12 @@ class RingLab {
   GuestMemory memory;
 
  private:
-  struct alignas(64) Line {
-    uint8_t bytes[64] = {};
-  };
+  void Map() {
+    bytes_ = std::make_unique<Line[]>(size_ / sizeof(Line));
+    memory = GuestMemory::Create({{kBase, size_, bytes_[0].bytes}}).value();
+  }
+
+  uint64_t size_ = 0;
   std::unique_ptr<Line[]> bytes_;
 };
 
