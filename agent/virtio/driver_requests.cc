@@ -69,10 +69,42 @@ bool DriverState::Get(DriverRequests* r) {
   for (uint64_t* value : {&r->begun_, &r->visible_, &r->taken_, &r->highest_, &r->claim_, &r->claim_end_}) {
     if (!Get(value)) return false;
   }
-  if (!Get(&r->claim_id_) || !Get(&r->claim_len_)) return false;
-  const size_t n = r->requests_.size();
-  return r->claim_id_ < n &&
-         std::all_of(r->order_.begin(), r->order_.end(), [n](uint16_t id) { return id < n; });
+  return Get(&r->claim_id_) && Get(&r->claim_len_);
+}
+
+bool DriverRequests::Consistent(std::vector<bool>* seen, uint32_t* slots) const {
+  const uint64_t n = requests_.size();
+  if (begun_ < visible_ || visible_ < taken_ || begun_ - taken_ > n || highest_ < taken_ ||
+      highest_ > visible_) {
+    return false;
+  }
+  // Sequence numbers are unique if each id that has one is the one that some place in this list names.
+  std::vector<uint64_t> sequences;
+  seen->assign(n, false);
+  *slots = 0;
+  for (uint64_t id = 0; id < n; ++id) {
+    const Request& request = requests_[id];
+    if (!request.outstanding) continue;
+    if (request.sequence >= begun_ || request.slots == 0 || request.slots > n || request.last >= n)
+      return false;
+    (*seen)[id] = true;
+    *slots += request.slots;
+    sequences.push_back(request.sequence);
+  }
+  std::sort(sequences.begin(), sequences.end());
+  if (std::adjacent_find(sequences.begin(), sequences.end()) != sequences.end()) return false;
+  if (sequences.size() != begun_ - taken_ || *slots > n) return false;
+  // In order: what is outstanding is what comes after the taken ones, and the list of ids says so.
+  auto named = [&](uint16_t id, uint64_t sequence) {
+    return id < n && requests_[id].outstanding && requests_[id].sequence == sequence;
+  };
+  for (uint64_t sequence = taken_; prefix() && sequence < begun_; ++sequence) {
+    if (!named(order_[sequence % n], sequence)) return false;
+  }
+  if (claim_ > claim_end_ || claim_end_ > visible_ || claim_end_ - claim_ > n) return false;
+  if (!claimed()) return true;
+  if (claim_end_ - claim_ > 1 && (!prefix() || claim_ != taken_)) return false;
+  return named(claim_id_, claim_end_ - 1) && claim_len_ <= requests_[claim_id_].writable;
 }
 
 absl::Status CheckAdd(std::span<const Segment> readable, std::span<const Segment> writable) {

@@ -55,6 +55,13 @@ class DriverRequests {
   uint16_t visible_outstanding() const { return static_cast<uint16_t>(visible_ - taken_); }
   bool claimed() const { return claim_ != claim_end_; }
 
+  // Whether restored state is one that calls could have led to. Marks in `seen` (by id) what is outstanding,
+  // and sums up its slots.
+  bool Consistent(std::vector<bool>* seen, uint32_t* slots) const;
+  // Begin's `slots` and `last` of `id`.
+  uint16_t SlotsOf(uint16_t id) const { return requests_[id].slots; }
+  uint16_t LastOf(uint16_t id) const { return requests_[id].last; }
+
  private:
   friend class DriverState;
   struct Request {

@@ -10,24 +10,13 @@ namespace {
 using Names = std::map<unsigned, const char*>;
 
 const Names& CommonNames() {
-  static const Names names = {{24, "NOTIFY_ON_EMPTY"},
-                              {26, "LOG_ALL"},
-                              {27, "ANY_LAYOUT"},
-                              {28, "INDIRECT_DESC"},
-                              {29, "EVENT_IDX"},
-                              {30, "PROTOCOL"},
-                              {32, "VERSION_1"},
-                              {33, "ACCESS_PLATFORM"},
-                              {34, "RING_PACKED"},
-                              {35, "IN_ORDER"},
-                              {36, "ORDER_PLATFORM"},
-                              {37, "SR_IOV"},
-                              {38, "NOTIFICATION_DATA"},
-                              {39, "NOTIF_CONFIG_DATA"},
-                              {40, "RING_RESET"},
-                              {41, "ADMIN_VQ"},
-                              {43, "SUSPEND"},
-                              {49, "PARTIAL_ORDER (experimental)"}};
+  static const Names names = {
+      {24, "NOTIFY_ON_EMPTY"},   {26, "LOG_ALL"},           {27, "ANY_LAYOUT"},
+      {28, "INDIRECT_DESC"},     {29, "EVENT_IDX"},         {30, "PROTOCOL"},
+      {32, "VERSION_1"},         {33, "ACCESS_PLATFORM"},   {34, "RING_PACKED"},
+      {35, "IN_ORDER"},          {36, "ORDER_PLATFORM"},    {37, "SR_IOV"},
+      {38, "NOTIFICATION_DATA"}, {39, "NOTIF_CONFIG_DATA"}, {40, "RING_RESET"},
+      {41, "ADMIN_VQ"},          {43, "SUSPEND"},           {49, "PARTIAL_ORDER (experimental)"}};
   return names;
 }
 

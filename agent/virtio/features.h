@@ -34,9 +34,9 @@ inline constexpr uint64_t kVhostOnly = kVhostFLogAll | kVhostUserFProtocolFeatur
 inline constexpr uint64_t kNetFMtu = Bit(3);
 inline constexpr uint64_t kNetFMq = Bit(22);
 
-// Whether a driver may acknowledge these order features together: at most one of IN_ORDER and PARTIAL_ORDER (a
-// device may offer both), PARTIAL_ORDER only with VERSION_1, and only where `experimental` says that both sides
-// were asked to try it. InvalidArgument names what is wrong.
+// Whether a driver may acknowledge these order features together: at most one of IN_ORDER and PARTIAL_ORDER
+// (a device may offer both), PARTIAL_ORDER only with VERSION_1, and only where `experimental` says that both
+// sides were asked to try it. InvalidArgument names what is wrong.
 absl::Status CheckOrderFeatures(uint64_t acked, bool experimental);
 
 // "VERSION_1, EVENT_IDX, bit 7": names of the bits in `features` for a device of `device_class`.

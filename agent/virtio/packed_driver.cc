@@ -81,13 +81,27 @@ absl::StatusOr<PackedDriver> PackedDriver::Restore(const GuestMemory& memory, co
        {&out.next_avail_.wrap, &out.next_used_.wrap, &out.held_.wrap, &out.holding_, &flushed}) {
     ok = ok && state.Get(value);
   }
-  ok = ok && state.Get(&out.pending_) && state.Get(&out.moved_) && state.AtEnd();
-  ok = ok && out.free_id_count_ <= size && out.free_slots_ <= size && out.next_avail_.idx < size &&
-       out.next_used_.idx < size && out.held_.idx < size;
-  for (uint16_t id : out.free_ids_) ok = ok && id < size;
-  if (!ok) return Error(absl::StatusCode::kInvalidArgument, "the saved state is not of this packed driver");
+  ok = ok && state.Get(&out.pending_) && state.Get(&out.moved_);
+  if (!ok || !state.AtEnd() || !out.Consistent()) {
+    return Error(absl::StatusCode::kInvalidArgument, "the saved state is not of this packed driver");
+  }
   out.flush_ = FlushState(flushed);
   return out;
+}
+
+bool PackedDriver::Consistent() const {
+  const uint16_t n = layout_.size;
+  std::vector<bool> seen;
+  uint32_t slots = 0;
+  if (!requests_.Consistent(&seen, &slots) || free_slots_ > n || slots + free_slots_ != n) return false;
+  if (free_id_count_ > n || free_id_count_ + uint32_t{requests_.outstanding()} != n) return false;
+  for (uint16_t id : std::span<const uint16_t>(free_ids_).first(free_id_count_)) {
+    if (id >= n || seen[id]) return false;
+    seen[id] = true;
+  }
+  if (next_avail_.idx >= n || next_used_.idx >= n || held_.idx >= n) return false;
+  return Advance(next_used_, static_cast<uint16_t>(slots), n) == next_avail_ && pending_ <= slots &&
+         holding_ == (pending_ != 0);
 }
 
 void PackedDriver::Put(uint64_t addr, uint32_t len, uint16_t id, uint16_t flags) {

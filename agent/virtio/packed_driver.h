@@ -39,6 +39,8 @@ class PackedDriver {
   PackedDriver(const QueueLayout& layout, const QueueOptions& options, const IndirectArea& indirect);
 
   absl::Status Map(const GuestMemory& memory);
+  // Whether restored state is one that calls could have led to.
+  bool Consistent() const;
   // Writes a descriptor at the avail position and moves on. The flags of the first one since the last Publish
   // are kept back.
   void Put(uint64_t addr, uint32_t len, uint16_t id, uint16_t flags);

@@ -66,11 +66,42 @@ absl::StatusOr<SplitDriver> SplitDriver::Restore(const GuestMemory& memory, cons
   for (bool* value : {&out.in_order_seen_, &out.no_interrupt_, &out.order_changed_, &acked}) {
     ok = ok && state.Get(value);
   }
-  ok = ok && state.AtEnd() && out.free_head_ < size && out.free_tail_ < size && out.free_count_ <= size;
-  for (uint16_t next : out.next_) ok = ok && next < size;
-  if (!ok) return Error(absl::StatusCode::kInvalidArgument, "the saved state is not of this split driver");
+  if (!ok || !state.AtEnd() || !out.Consistent())
+    return Error(absl::StatusCode::kInvalidArgument, "the saved state is not of this split driver");
   out.order_ = SplitOrderDriver(acked);
   return out;
+}
+
+bool SplitDriver::Consistent() const {
+  const uint16_t n = layout_.size;
+  std::vector<bool> outstanding;
+  uint32_t slots = 0;
+  if (!requests_.Consistent(&outstanding, &slots) || free_count_ > n || slots + free_count_ != n)
+    return false;
+  auto diff = [](uint16_t a, uint16_t b) { return static_cast<uint16_t>(a - b); };
+  if (diff(next_avail_, next_used_) != requests_.outstanding() ||
+      diff(published_, next_used_) != requests_.visible_outstanding() ||
+      diff(used_seen_, next_used_) > requests_.visible_outstanding()) {
+    return false;
+  }
+  // Every descriptor is in one chain or in the free list.
+  std::vector<bool> seen(n, false);
+  auto walk = [&](uint16_t first, uint32_t count, uint16_t last) {
+    uint16_t index = first;
+    for (uint32_t k = 0; k < count; ++k) {
+      if (index >= n || seen[index]) return false;
+      seen[index] = true;
+      if (k + 1 == count) return index == last;
+      index = next_[index];
+    }
+    return true;
+  };
+  if (!walk(free_head_, free_count_, free_tail_)) return false;
+  for (uint32_t head = 0; head < n; ++head) {
+    const auto id = static_cast<uint16_t>(head);
+    if (outstanding[head] && !walk(id, requests_.SlotsOf(id), requests_.LastOf(id))) return false;
+  }
+  return true;
 }
 
 absl::StatusOr<uint16_t> SplitDriver::Add(std::span<const Segment> readable,

@@ -41,6 +41,8 @@ class SplitDriver {
   SplitDriver(const QueueLayout& layout, const QueueOptions& options, const IndirectArea& indirect);
 
   absl::Status Map(const GuestMemory& memory);
+  // Whether restored state is one that calls could have led to.
+  bool Consistent() const;
   // used->flags and used->idx, in this order, checked.
   absl::Status ReadUsed();
   void FollowOrder();
