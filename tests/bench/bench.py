@@ -4,6 +4,7 @@
             moves the same guest between the same storage daemons
   memory    4 GiB of incompressible shared memory over plaintext loopback: Baton, a raw loop, QEMU
   idle      what a shim costs while its guest works
+  order     completions put back into order (IN_ORDER, window of 256, one core) beside a plain walk over an array
 """
 import argparse
 import json
@@ -192,7 +193,19 @@ def usage(pid):
     return {"rss": rss, "ticks": int(fields[11]) + int(fields[12]), "switches": switches}
 
 
-BENCHMARKS = {"blackout": blackout, "memory": memory, "idle": idle}
+def order(lab, runs):
+    del runs
+    for line in subprocess.run([lab.program("bench_rings"), "--benchmark_counters_tabular=true"], check=True,
+                               stdout=subprocess.PIPE, text=True).stdout.strip().splitlines():
+        say("  " + line)
+    output = subprocess.run([lab.program("bench_rings"), "--ratio"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    buffer, walk, ratio = (float(figure) for figure in output.split())
+    say(f"  reorder buffer {buffer:.1f} million completions a second, array walk {walk:.1f}")
+    return [("IN_ORDER buffer, completions a second / 20 million (at least 1)", buffer / 20),
+            ("IN_ORDER buffer / array walk, time (at most 2)", ratio)]
+
+
+BENCHMARKS = {"blackout": blackout, "memory": memory, "idle": idle, "order": order}
 
 
 def main():
