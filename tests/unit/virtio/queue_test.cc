@@ -232,6 +232,21 @@ TEST_P(QueueTest, KicksAndCallsAreAskedForByEventIndex) {
   }
 }
 
+TEST_P(QueueTest, WhatIsAddedAndNotPublishedDoesNotHideAKick) {
+  Make(8, kFEventIdx);
+  for (int round = 0; round < 9; ++round) {
+    ASSERT_FALSE(device_->EnableKicks().value());
+    Add(1, 1, 0);
+    driver_->Publish();
+    Add(2, 1, 0);
+    EXPECT_TRUE(driver_->NeedsKick());
+    driver_->Publish();
+    for (Chain chain : {Pop(), Pop()}) ASSERT_TRUE(device_->Stage(chain.id, 0).ok());
+    device_->Publish();
+    EXPECT_EQ(TakeAll().size(), 2u);
+  }
+}
+
 TEST_P(QueueTest, EnablingTellsWhatArrivedMeanwhile) {
   for (uint64_t features : {uint64_t{0}, kFEventIdx}) {
     Make(4, features);
