@@ -201,6 +201,7 @@ void ReadSpec(ConfigReader& reader, v1::VmSpec* out) {
   if (reader.TextList("extra_args", &args)) out->mutable_extra_args()->Add(args.begin(), args.end());
   bool flag = false;
   if (reader.Bool("balloon", &flag)) out->set_balloon(flag);
+  if (reader.Bool("free_page_hints", &flag)) out->set_free_page_hints(flag);
   if (reader.Text("qemu", &text)) out->set_qemu(text);
 }
 
@@ -250,7 +251,9 @@ bool IsValidName(const std::string& name) {
 
 std::string BackendKindName(v1::BackendKind kind) { return WordOf(Kinds(), kind); }
 std::string RecoveryName(v1::Recovery recovery) { return WordOf(Recoveries(), recovery); }
-std::string DeviceClassName(v1::DeviceClass device_class) { return WordOf(Classes(), device_class); }
+std::string DeviceClassName(v1::DeviceClass device_class) {
+  return device_class == v1::BALLOON ? "balloon" : WordOf(Classes(), device_class);
+}
 std::string AcceleratorName(v1::Accelerator accelerator) { return WordOf(Accelerators(), accelerator); }
 
 void ReadBackend(ConfigReader& reader, v1::Backend* out) {
@@ -297,7 +300,11 @@ absl::Status ValidateVmSpec(const v1::VmSpec& spec) {
     CheckDevice(spec.devices(i), at, problems);
     if (!names.insert(spec.devices(i).name()).second)
       problems.Add(at + ".name", "'{}' is the name of two devices", spec.devices(i).name());
+    if (spec.free_page_hints() && spec.devices(i).name() == kHintBalloonName)
+      problems.Add(at + ".name", "'{}' is the name of the balloon of free_page_hints", kHintBalloonName);
   }
+  if (spec.balloon() && spec.free_page_hints())
+    problems.Add("free_page_hints", "a guest has one balloon; leave `balloon` out");
   CheckExtraArgs(spec, problems);
   return problems.Result();
 }
@@ -357,6 +364,7 @@ std::string VmSpecToYaml(const v1::VmSpec& spec) {
     out << YAML::EndSeq;
   }
   if (spec.balloon()) out << YAML::Key << "balloon" << YAML::Value << true;
+  if (spec.free_page_hints()) out << YAML::Key << "free_page_hints" << YAML::Value << true;
   if (!spec.qemu().empty()) out << YAML::Key << "qemu" << YAML::Value << spec.qemu();
   out << YAML::EndMap;
   return std::string(out.c_str(), out.size()) + "\n";

@@ -28,6 +28,9 @@ void FillVmSpecDefaults(v1::VmSpec* spec);
 // and vcpus.
 std::string VmSpecToYaml(const v1::VmSpec& spec);
 
+// The device name of Baton's own balloon (VmSpec.free_page_hints).
+inline constexpr char kHintBalloonName[] = "balloon";
+
 // [a-z0-9][a-z0-9-]{0,40}: the names of VMs, hosts and devices; safe in file names and QEMU ids.
 bool IsValidName(const std::string& name);
 extern const char kNameRule[];

@@ -53,6 +53,16 @@ std::shared_ptr<ParamOptions> AddParamOptions(CLI::App* command) {
           "Do not encrypt it")
       ->excludes("--tls")
       ->group(group);
+  command
+      ->add_flag_callback(
+          "--free-page-hints", [o] { o->free_page_hints = true; },
+          "Leave out what the guest says is free, where its balloon can say so (the default)")
+      ->group(group);
+  command
+      ->add_flag_callback(
+          "--no-free-page-hints", [o] { o->free_page_hints = false; }, "Do not ask the guest")
+      ->excludes("--free-page-hints")
+      ->group(group);
   return o;
 }
 
@@ -96,6 +106,10 @@ absl::StatusOr<v1::MigrationParams> BuildParams(const ParamOptions& o, std::vect
   if (o.tls_given) {
     params.set_tls(o.tls);
     given("tls");
+  }
+  if (o.free_page_hints) {
+    params.set_free_page_hints(*o.free_page_hints);
+    given("free_page_hints");
   }
   return params;
 }

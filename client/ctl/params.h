@@ -23,6 +23,7 @@ struct ParamOptions {
   std::optional<uint32_t> max_stalled_rounds;
   bool tls = false;
   bool tls_given = false;
+  std::optional<bool> free_page_hints;
 };
 
 // Adds the options to `command`, which must not outlive them.

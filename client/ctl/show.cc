@@ -91,16 +91,25 @@ std::string LimitsOf(const v1::MigrationParams& params) {
   p.Add("on stall",
         params.on_stall() == v1::ON_STALL_UNSPECIFIED ? "" : stall.substr(sizeof("ON_STALL_") - 1));
   p.Add("TLS", params.tls() ? "yes" : "no");
+  p.Add("free page hints", params.has_free_page_hints() && !params.free_page_hints() ? "no" : "yes");
   return p.Render();
 }
 
-std::string BytesOf(const v1::ByteCounts& bytes) {
+// How the figure came about: " (of 3.1 GiB that the guest named in 40 ms)".
+std::string HintsOf(const v1::HintFigures& hints) {
+  if (!hints.unused().empty()) return " (" + hints.unused() + ")";
+  if (hints.hinted() == 0) return "";
+  return " (of " + FormatBytes(hints.hinted()) + " that the guest named" +
+         (hints.has_answer() ? " in " + FormatDuration(hints.answer()) : "") + ")";
+}
+
+std::string BytesOf(const v1::ByteCounts& bytes, const v1::HintFigures& hints) {
   Paragraph p;
   p.Add("data", FormatBytes(bytes.data()) +
                     (bytes.resent() > 0 ? " (" + FormatBytes(bytes.resent()) + " sent again)" : ""));
   p.Add("zero pages", FormatBytes(bytes.zero()));
   p.Add("holes skipped", FormatBytes(bytes.hole_skipped()));
-  p.Add("hints skipped", FormatBytes(bytes.hint_skipped()));
+  p.Add("hints skipped", FormatBytes(bytes.hint_skipped()) + HintsOf(hints));
   p.Add("state", FormatBytes(bytes.state()));
   p.Add("on the wire", FormatBytes(bytes.wire()));
   return p.Render();
@@ -353,7 +362,7 @@ std::string DescribeMigration(const v1::Migration& m) {
   if (m.findings_size() > 0) out += "Findings:\n" + Indented(DescribeFindings(m));
   if (progress.has_bytes()) {
     out += fmt::format("Sent (of {} guest memory):\n", FormatBytes(progress.memory_total())) +
-           Indented(BytesOf(progress.bytes()));
+           Indented(BytesOf(progress.bytes(), progress.hints()));
   }
   if (progress.rounds_size() > 0) {
     out += "Rounds:\n";

@@ -63,6 +63,7 @@ TEST(VmSpec, ReadsEveryField) {
 TEST(VmSpec, YamlRoundTrip) {
   for (const std::string& text :
        {std::string(kFull), std::string("name: a\nmemory: 64MiB\nvcpus: 1\n"),
+        std::string("name: a\nmemory: 64MiB\nvcpus: 1\nfree_page_hints: on\n"),
         std::string("name: a\nmemory: 64MiB\nvcpus: 1\nboot: {kernel: /k, cmdline: \"a: 'b' # c\"}\n"
                     "extra_args: ['on', '1', '~', '- x', '']\n")}) {
     auto spec = ParseVmSpec(text, "a");
@@ -155,6 +156,10 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{BASE "extra_args:\n  - -device\n  - --incoming\n",
               "s:6: extra_args[1]: '--incoming' is set by Baton; use the spec's own fields"},
         Wrong{BASE "balloon: maybe\n", "s:4: balloon: 'maybe' is neither on nor off"},
+        Wrong{BASE "balloon: on\nfree_page_hints: on\n",
+              "free_page_hints: a guest has one balloon; leave `balloon` out"},
+        Wrong{BASE "free_page_hints: on\ndevices: [{name: balloon, class: blk}]\n",
+              "devices[0].name: 'balloon' is the name of the balloon of free_page_hints"},
         Wrong{"name: [\n", "s:2: not YAML"}, Wrong{"", "s:1: the file is empty"}));
 
 TEST(VmSpec, ReportsSeveralProblemsAtOnce) {
