@@ -29,6 +29,7 @@ uint32_t Mediator::Impl::ConfigSize() const {
   // back-end has them, and some refuse to read beyond what they know.
   if (options_.spec.class_() == v1::BLK) return 60;
   if (options_.spec.class_() == v1::NET) return 12;
+  if (options_.spec.class_() == v1::BALLOON) return 16;
   return 0;
 }
 
