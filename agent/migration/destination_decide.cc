@@ -82,6 +82,8 @@ void IncomingMigration::Impl::StartGuest() {
   running_at_ns_ = MonotonicNs();
   if (started.ok()) (void)Apply(Event::kStarted);
   AddTime("start", begin);
+  // Whatever the source did not get to say: a guest that runs here has its memory.
+  if (started.ok() && p_.devices.hints() != nullptr) p_.devices.hints()->Finish();
   if (link_) (void)link_->Send(VerdictMessage(), Deadline::After(seconds(5)));
 
   if (started.ok() && o_.has_network) {

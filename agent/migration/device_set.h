@@ -7,6 +7,7 @@
 
 #include "agent/memory/dirty_source.h"
 #include "agent/memory/guest_ram.h"
+#include "agent/memory/hint_source.h"
 #include "baton/v1/peer.pb.h"
 #include "common/clock.h"
 #include "common/status.h"
@@ -17,6 +18,9 @@ namespace baton::migration {
 class DeviceSet {
  public:
   virtual ~DeviceSet() = default;
+
+  // The balloon that can tell which pages are free; null if the VM has none. Lives as long as this.
+  virtual memory::HintSource* hints() { return nullptr; }
 
   // --- source ---
   // A dirty source for each device that writes guest memory by itself.

@@ -7,7 +7,10 @@ namespace {
 
 class MediatorDevices final : public DeviceSet {
  public:
-  explicit MediatorDevices(std::vector<vhost::Mediator*> mediators) : mediators_(std::move(mediators)) {}
+  MediatorDevices(std::vector<vhost::Mediator*> mediators, vhost::BalloonBackend* balloon)
+      : mediators_(std::move(mediators)), balloon_(balloon) {}
+
+  memory::HintSource* hints() override { return balloon_; }
 
   std::vector<std::unique_ptr<memory::DirtySource>> MakeDirtySources() override {
     std::vector<std::unique_ptr<memory::DirtySource>> sources;
@@ -23,7 +26,9 @@ class MediatorDevices final : public DeviceSet {
   absl::StatusOr<v1::DeviceStates> CollectStates(const memory::GuestRam& ram, Deadline deadline) override {
     v1::DeviceStates states;
     for (vhost::Mediator* mediator : mediators_) {
-      ASSIGN_OR_RETURN(*states.add_devices(), mediator->CollectState(deadline));
+      ASSIGN_OR_RETURN(v1::DeviceState state, mediator->CollectState(deadline));
+      if (IsBalloon(*mediator)) *state.mutable_balloon() = balloon_->state();
+      *states.add_devices() = std::move(state);
     }
     for (const memory::GpaRange& range : ram.layout()) {
       v1::RamRange* out = states.add_layout();
@@ -59,6 +64,12 @@ class MediatorDevices final : public DeviceSet {
         return Error(v1::STATE_MISMATCH, absl::StatusCode::kFailedPrecondition,
                      "the source sent no state of device {}", mediator->name());
       RETURN_IF_ERROR(mediator->ExpectState(*state));
+      if (!IsBalloon(*mediator)) continue;
+      if (!state->has_balloon())
+        return Error(v1::STATE_MISMATCH, absl::StatusCode::kFailedPrecondition,
+                     "the source sent no state of the balloon");
+      if (absl::Status restored = balloon_->Restore(state->balloon()); !restored.ok())
+        return WithReason(restored, v1::PEER_PROTOCOL_ERROR);
     }
     return absl::OkStatus();
   }
@@ -75,13 +86,19 @@ class MediatorDevices final : public DeviceSet {
   }
 
  private:
+  bool IsBalloon(const vhost::Mediator& mediator) const {
+    return balloon_ != nullptr && mediator.name() == balloon_->name();
+  }
+
   const std::vector<vhost::Mediator*> mediators_;
+  vhost::BalloonBackend* const balloon_;
 };
 
 }  // namespace
 
-std::unique_ptr<DeviceSet> MakeMediatorDevices(std::vector<vhost::Mediator*> mediators) {
-  return std::make_unique<MediatorDevices>(std::move(mediators));
+std::unique_ptr<DeviceSet> MakeMediatorDevices(std::vector<vhost::Mediator*> mediators,
+                                               vhost::BalloonBackend* balloon) {
+  return std::make_unique<MediatorDevices>(std::move(mediators), balloon);
 }
 
 }  // namespace baton::migration

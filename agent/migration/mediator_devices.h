@@ -5,11 +5,13 @@
 #include <vector>
 
 #include "agent/migration/device_set.h"
+#include "agent/vhost/balloon_backend.h"
 #include "agent/vhost/mediator.h"
 
 namespace baton::migration {
 
-// `mediators` must outlive the result.
-std::unique_ptr<DeviceSet> MakeMediatorDevices(std::vector<vhost::Mediator*> mediators);
+// `balloon`: the back-end of the mediator of its name; null if the VM has none. All must outlive the result.
+std::unique_ptr<DeviceSet> MakeMediatorDevices(std::vector<vhost::Mediator*> mediators,
+                                               vhost::BalloonBackend* balloon = nullptr);
 
 }  // namespace baton::migration

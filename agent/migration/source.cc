@@ -292,6 +292,8 @@ absl::Status OutgoingMigration::Impl::Precopy() {
   // Room for YIELDED and for what follows it, now and not in the blackout.
   RETURN_IF_ERROR(p_.journal.Reserve(4));
   const Deadline deadline = Deadline::At(started_ + max_duration_);
+  // What becomes a hole from now on would not be one at the destination.
+  if (p_.devices.hints() != nullptr) p_.devices.hints()->AllowDiscard(false);
   if (p_.make_vmm_dirty_source) {
     ASSIGN_OR_RETURN(std::unique_ptr<memory::DirtySource> source, p_.make_vmm_dirty_source());
     dirty_sources_.push_back(std::move(source));
@@ -301,6 +303,7 @@ absl::Status OutgoingMigration::Impl::Precopy() {
     if (absl::Status status = source->Start(); !status.ok())
       return AtSource(Annotate(status, fmt::format("dirty tracking of {}", source->name())));
   }
+  RETURN_IF_ERROR(BeginHints());
   memory::PageSets pages;
   uint64_t populated = 0;
   for (const memory::RamBlock& block : p_.ram.blocks()) {
@@ -316,6 +319,7 @@ absl::Status OutgoingMigration::Impl::Precopy() {
     RETURN_IF_ERROR(Interrupted());
     for (memory::PageSet& set : pages) set.Reset();
     RETURN_IF_ERROR(Harvest(pages));
+    if (round == 0) RETURN_IF_ERROR(ResolveHints(pages));
     sample.dirty_bytes = CountBytes(pages);
     ApplyNewLimit(convergence);
     const ConvergenceDecision decision = convergence.Judge(sample);
@@ -346,7 +350,12 @@ absl::StatusOr<RoundSample> OutgoingMigration::Impl::SendRound(const memory::Pag
   RETURN_IF_ERROR(link_->Send(message, deadline));
   stream::RoundOptions options;
   options.skip_holes = !final && round > 0;
-  RETURN_IF_ERROR(sender_->SendRound(pages, round, options, deadline));
+  if (hints_) {
+    RETURN_IF_ERROR(SendHinted(pages, deadline));
+    sample.bytes -= CountBytes(deferred_);
+  } else {
+    RETURN_IF_ERROR(sender_->SendRound(pages, round, options, deadline));
+  }
   if (final) return sample;
   RETURN_IF_ERROR(SendRoundEnd(round, false, deadline));
   RETURN_IF_ERROR(

@@ -18,6 +18,7 @@
 #include "agent/memory/guest_ram.h"
 #include "agent/migration/control_link.h"
 #include "agent/migration/device_set.h"
+#include "agent/migration/hint_round.h"
 #include "agent/migration/journal.h"
 #include "agent/migration/reporter.h"
 #include "agent/stream/dial.h"
@@ -43,6 +44,7 @@ struct SourceOptions {
   std::string pause_dir;
   // The guest has network devices: announcements matter.
   bool has_network = false;
+  HintOptions hints;
   Duration connect_timeout = std::chrono::seconds(10);
   // Bound of the blackout before Yield was sent; at the bound the guest resumes here.
   Duration switchover_timeout = std::chrono::seconds(30);

@@ -1,5 +1,6 @@
-// Inside of OutgoingMigration, split over source.cc (pre-copy, requests), source_blackout.cc (switchover) and
-// source_settle.cc (verdict, release, resume, report). Not for users.
+// Inside of OutgoingMigration, split over source.cc (pre-copy, requests), source_hints.cc (round 0 with free
+// page hints), source_blackout.cc (switchover) and source_settle.cc (verdict, release, resume, report). Not
+// for users.
 #pragma once
 
 #include <atomic>
@@ -58,6 +59,10 @@ class OutgoingMigration::Impl {
   absl::Status Cause(const absl::Status& status);
   static absl::Status AtSource(const absl::Status& status);
   absl::Status Precopy();
+  absl::Status BeginHints();
+  absl::Status SendHinted(const memory::PageSets& pages, Deadline deadline);
+  absl::Status ResolveHints(const memory::PageSets& dirty);
+  void EndHints();
   absl::StatusOr<RoundSample> SendRound(const memory::PageSets& pages, uint32_t round, bool final,
                                         Deadline deadline);
   absl::Status SendRoundEnd(uint32_t round, bool final, Deadline deadline);
@@ -124,7 +129,9 @@ class OutgoingMigration::Impl {
 
   // Of the main thread.
   std::vector<std::unique_ptr<memory::DirtySource>> dirty_sources_;
-  memory::PageSets left_over_;  // harvested, not sent
+  std::optional<HintRound> hints_;  // from the baseline of the dirty sources to the end of round 0
+  memory::PageSets deferred_;       // populated, and not sent in round 0 because of hints
+  memory::PageSets left_over_;      // harvested, not sent
   uint32_t next_round_ = 0;
   BlackoutFigures blackout_;
   Duration state_time_{0};  // of the relay's thread until it was joined
@@ -135,7 +142,7 @@ class OutgoingMigration::Impl {
   absl::Status yield_write_;
   absl::Status refusal_;  // what the destination said when it was asked
   Clock::time_point started_{};
-  std::atomic<uint64_t> hole_bytes_{0}, state_bytes_{0};
+  std::atomic<uint64_t> hole_bytes_{0}, hint_bytes_{0}, state_bytes_{0};
   // Of the monitor's thread, for the present rate.
   uint64_t last_sent_ = 0;
   Clock::time_point last_rate_at_{};

@@ -226,6 +226,7 @@ void OutgoingMigration::Impl::AbortPeer(const absl::Status& status) {
 }
 
 void OutgoingMigration::Impl::StopTracking() {
+  EndHints();
   for (auto& source : dirty_sources_) source->Stop();
   dirty_sources_.clear();
 }
@@ -244,6 +245,7 @@ void OutgoingMigration::Impl::FillCounts(v1::Progress& progress) {
   if (sender_) *progress.mutable_bytes() = sender_->counts();
   v1::ByteCounts* bytes = progress.mutable_bytes();
   bytes->set_hole_skipped(bytes->hole_skipped() + hole_bytes_);
+  bytes->set_hint_skipped(hint_bytes_);
   bytes->set_state(state_bytes_);
   bytes->set_wire(bytes->wire() + state_bytes_);
   progress.set_memory_total(p_.ram.total_bytes());

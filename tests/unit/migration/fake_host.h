@@ -101,6 +101,8 @@ inline memory::GuestRam MakeRam() {
 // The last page is the device's "ring": its first word is used->idx.
 inline constexpr uint64_t kRingPage = kPages - 1;
 
+inline constexpr uint64_t kFreePage = UINT64_MAX;
+
 // What the guest knows: the sequence number last written to each page. Travels as the VMM's state.
 struct GuestState {
   uint64_t sequence = 0;
@@ -192,11 +194,20 @@ class FakeVmm final : public vmm::VmmDriver {
     std::lock_guard lock(mutex_);
     return guest_.sequence;
   }
+  // The guest does not care any more what these pages hold, until it writes them again.
+  void Free(uint64_t first, uint64_t count) {
+    std::lock_guard lock(mutex_);
+    for (uint64_t page = first; page < first + count; ++page) guest_.pages[page] = kFreePage;
+  }
+  bool IsFree(uint64_t page) {
+    std::lock_guard lock(mutex_);
+    return guest_.pages[page] == kFreePage;
+  }
   // Every page holds what the guest wrote there last. The guest must stand still, or this stops it.
   absl::Status Verify() {
     Halt();
     for (uint64_t page = 0; page < kPages; ++page) {
-      if (page == kRingPage) continue;
+      if (page == kRingPage || guest_.pages[page] == kFreePage) continue;
       const auto* words =
           reinterpret_cast<const uint64_t*>(ram_.blocks()[0].base() + page * memory::kPageSize);
       for (size_t word : {0, 255, 511})
@@ -330,7 +341,10 @@ class FakeDevices final : public DeviceSet {
   }
   absl::Status CheckStarted() const override { return absl::OkStatus(); }
 
+  memory::HintSource* hints() override { return hint_source; }
+
   std::atomic<bool> armed{false};
+  memory::HintSource* hint_source = nullptr;
   // The back-end forgets to log its last write.
   std::atomic<bool> lose_page{false};
 
