@@ -74,7 +74,7 @@ MigrationHost::~MigrationHost() {
 void MigrationHost::MakeDevices() {
   std::vector<vhost::Mediator*> mediators;
   for (const auto& mediator : vm_.mediators()) mediators.push_back(mediator.get());
-  devices_ = migration::MakeMediatorDevices(std::move(mediators));
+  devices_ = migration::MakeMediatorDevices(std::move(mediators), vm_.balloon());
 }
 
 absl::StatusOr<migration::SourceOptions> MigrationHost::MakeSourceOptions(

@@ -11,6 +11,7 @@
 #include "common/durable_file.h"
 #include "common/log.h"
 #include "common/units.h"
+#include "common/vm_spec.h"
 
 namespace baton::shim {
 namespace {
@@ -116,6 +117,43 @@ absl::Status VirtualMachine::StartMediators(bool required) {
     std::lock_guard lock(mutex_);
     mediators_.push_back(*std::move(mediator));
   }
+  return StartBalloon(required);
+}
+
+// Baton's own balloon: a back-end of this process, behind a mediator like every other.
+absl::Status VirtualMachine::StartBalloon(bool required) {
+  v1::ShimConfig config = config_.Get();
+  if (!config.spec().free_page_hints()) return absl::OkStatus();
+  vhost::BalloonBackendOptions balloon;
+  balloon.name = kHintBalloonName;
+  balloon.listen_path = config.run_dir() + "/balloon.sock";
+  balloon.ram = ram_.get();
+  balloon.state = config.balloon();
+  balloon.on_state = [this](const v1::BalloonState& state) {
+    absl::Status kept = config_.Update([&](v1::ShimConfig& c) { *c.mutable_balloon() = state; });
+    if (!kept.ok()) LOG_WARN("state of the balloon: {}", Message(kept));
+  };
+  ASSIGN_OR_RETURN(balloon_, vhost::BalloonBackend::Start(std::move(balloon)));
+  vhost::MediatorOptions options;
+  options.spec.set_name(kHintBalloonName);
+  options.spec.set_class_(v1::BALLOON);
+  options.spec.set_num_queues(vhost::BalloonBackend::kQueues);
+  options.spec.set_queue_size(vhost::BalloonBackend::kQueueSize);
+  options.backend.set_socket(config.run_dir() + "/balloon.sock");
+  // What it is asked can be done twice, so an order that is likely is good enough.
+  options.backend.set_recovery(v1::RECOVERY_ORDERED);
+  options.listen_path = vmm::DeviceSocketPath(config.run_dir(), kHintBalloonName);
+  options.vmm_returns = !required;
+  options.whole_memory_tables = true;
+  options.connect_timeout = kBackendConnect;
+  options.ram = ram_.get();
+  vhost::MediatorCallbacks callbacks;
+  callbacks.on_memory = [this](const auto& regions) { OnMemoryTable(regions); };
+  callbacks.on_change = [this](const v1::Device&) { Changed(); };
+  auto mediator = vhost::Mediator::Start(std::move(options), std::move(callbacks));
+  if (!mediator.ok()) return mediator.status();
+  std::lock_guard lock(mutex_);
+  mediators_.push_back(*std::move(mediator));
   return absl::OkStatus();
 }
 
@@ -316,6 +354,7 @@ void VirtualMachine::Dismantle() {
     mediators.swap(mediators_);
   }
   mediators.clear();
+  balloon_.reset();
   v1::ShimConfig config = config_.Get();
   for (const v1::DeviceSpec& device : config.spec().devices())
     vhost::ForgetDevice(config.run_dir(), device.name());

@@ -13,6 +13,7 @@
 #include "agent/migration/handover.h"
 #include "agent/migration/journal.h"
 #include "agent/shim/config_store.h"
+#include "agent/vhost/balloon_backend.h"
 #include "agent/vhost/mediator.h"
 #include "agent/vmm/qmp/qmp_driver.h"
 #include "baton/v1/fleet.pb.h"
@@ -75,11 +76,14 @@ class VirtualMachine {
   migration::Journal& journal() { return *journal_; }
   const std::vector<std::unique_ptr<vhost::Mediator>>& mediators() const { return mediators_; }
   vhost::Mediator* FindMediator(const std::string& device) const;
+  // Null unless the spec asks for free page hints.
+  vhost::BalloonBackend* balloon() const { return balloon_.get(); }
   ConfigStore& config() { return config_; }
 
  private:
   absl::Status MakeMemory(bool existing);
   absl::Status StartMediators(bool required);
+  absl::Status StartBalloon(bool required);
   absl::Status StartQemu(bool incoming, Deadline deadline);
   void OnMemoryTable(const std::vector<vhost::MemoryRegionInfo>& regions);
   void Changed();
@@ -88,6 +92,7 @@ class VirtualMachine {
   const Callbacks callbacks_;
   std::unique_ptr<migration::Journal> journal_;
   std::unique_ptr<memory::GuestRam> ram_;
+  std::unique_ptr<vhost::BalloonBackend> balloon_;
   std::vector<std::unique_ptr<vhost::Mediator>> mediators_;
   std::unique_ptr<vmm::QmpDriver> driver_;
 

@@ -67,6 +67,23 @@ absl::Status AddDevice(const QemuCommand& command, const v1::DeviceSpec& device,
   }
 }
 
+// QEMU's balloon keeps its hints to itself, so the device is Baton's, behind QEMU's generic vhost-user
+// device. virtio-id 5 is the balloon (VIRTIO 1.x, 5).
+absl::Status AddHintBalloon(const QemuCommand& command, std::vector<std::string>& argv) {
+  const std::string socket = DeviceSocketPath(command.run_dir, kHintBalloonName);
+  RETURN_IF_ERROR(CheckUnixPath(socket));
+  argv.insert(argv.end(),
+              {"-chardev",
+               fmt::format("socket,id=char-{},path={},{}", kHintBalloonName, Escape(socket),
+                           command.reconnect_ms ? "reconnect-ms=200" : "reconnect=1"),
+               "-device",
+               fmt::format("{},id=dev-{},chardev=char-{},virtio-id=5,num_vqs={},vq_size={},config_size={},"
+                           "disable-legacy=on,bus=pcie.0,addr={:#x}",
+                           kGenericDevice, kHintBalloonName, kHintBalloonName, kHintBalloonQueues,
+                           kHintBalloonQueueSize, kHintBalloonConfig, kBalloonSlot)});
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 std::string QmpSocketPath(const std::string& run_dir) { return run_dir + "/qmp.sock"; }
@@ -125,6 +142,7 @@ absl::StatusOr<std::vector<std::string>> BuildQemuCommand(const QemuCommand& com
                                                     "disable-legacy=on,bus=pcie.0,addr={:#x}",
                                                     kBalloonSlot)});
   }
+  if (spec.free_page_hints()) RETURN_IF_ERROR(AddHintBalloon(command, argv));
   argv.insert(argv.end(), spec.extra_args().begin(), spec.extra_args().end());
   if (command.incoming) argv.insert(argv.end(), {"-incoming", "defer"});
   return argv;

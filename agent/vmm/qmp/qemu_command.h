@@ -10,6 +10,12 @@
 
 namespace baton::vmm {
 
+// The type of QEMU's generic vhost-user device. QEMU 7.2 has none; 10.0 has it, but refuses to give it to a
+// guest and cannot migrate it.
+inline constexpr char kGenericDevice[] = "vhost-user-device-pci";
+// What Baton's balloon is made of (agent/vhost/balloon_backend.h).
+inline constexpr int kHintBalloonQueues = 4, kHintBalloonQueueSize = 128, kHintBalloonConfig = 16;
+
 struct QemuCommand {
   v1::VmSpec spec;
   // Path of the binary, and arguments it always needs (-L …).

@@ -108,6 +108,12 @@ absl::StatusOr<std::unique_ptr<QmpDriver>> QmpDriver::Launch(QemuLaunch launch, 
   driver->child_ = std::move(process);
   if (absl::Status status = driver->Attach(launch.command.run_dir, deadline); !status.ok()) {
     driver->Kill();
+    if (launch.command.spec.free_page_hints() && Message(status).find(kGenericDevice) != std::string::npos)
+      return Error(
+          absl::StatusCode::kFailedPrecondition,
+          "free_page_hints needs a VMM that gives a guest the device {}; leave it out (`balloon: on` "
+          "makes holes of what the guest frees): {}",
+          kGenericDevice, Message(status));
     return status;
   }
   return driver;

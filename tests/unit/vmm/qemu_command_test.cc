@@ -54,6 +54,18 @@ TEST(QemuCommand, GuestIsAlwaysCreatedStopped) {
   EXPECT_THAT(Values(*BuildQemuCommand(command), "-incoming"), Contains("defer"));
 }
 
+TEST(QemuCommand, HintBalloon_IsAGenericVhostUserDevice) {
+  QemuCommand command = Command();
+  command.spec.set_free_page_hints(true);
+  auto argv = BuildQemuCommand(command);
+  ASSERT_TRUE(argv.ok()) << argv.status();
+  EXPECT_THAT(Values(*argv, "-chardev"),
+              Contains("socket,id=char-balloon,path=/run/baton/vms/web1/dev-balloon.sock,reconnect=1"));
+  EXPECT_THAT(Values(*argv, "-device"),
+              Contains("vhost-user-device-pci,id=dev-balloon,chardev=char-balloon,virtio-id=5,num_vqs=4,"
+                       "vq_size=128,config_size=16,disable-legacy=on,bus=pcie.0,addr=0x1d"));
+}
+
 TEST(QemuCommand, BothHostsGetTheSameHardware) {
   QemuCommand source = Command();
   AddDevice(source, "disk0", v1::BLK, 4);
