@@ -82,15 +82,11 @@ absl::StatusOr<UmlGuest> UmlGuest::Start(const Options& o) {
   UniqueFd in_read(in[0]), in_write(in[1]), out_read(out[0]), out_write(out[1]);
   SpawnOptions spawn;
   spawn.argv = {"linux.uml",
-                "mem=128M",
-                "initrd=" + initrd,
-                "rdinit=/init",
-                "con=null",
-                "con0=fd:0,fd:1",
-                "uml_dir=" + o.directory,
-                "quiet",
-                fmt::format("virtio_uml.device={}:2", o.socket),
-                fmt::format("lab.threads={}", o.threads),
+                // Linux reports free pages only while it has more than 128 MiB of them.
+                o.balloon ? "mem=320M" : "mem=128M", "initrd=" + initrd, "rdinit=/init", "con=null",
+                "con0=fd:0,fd:1", "uml_dir=" + o.directory, "quiet",
+                fmt::format("virtio_uml.device={}:{}", o.socket, o.balloon ? 5 : 2),
+                fmt::format("lab.balloon={}", o.balloon ? 1 : 0), fmt::format("lab.threads={}", o.threads),
                 fmt::format("lab.report={}", o.report)};
   spawn.stdin_fd = in_read.get();
   spawn.stdout_fd = out_write.get();

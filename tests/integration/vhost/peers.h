@@ -46,7 +46,7 @@ class Qsd {
 
 absl::Status MakeSparseFile(const std::string& path, uint64_t size);
 
-// linux.uml with one vhost-user disk and the workload of tests/lab/uml as its init.
+// linux.uml with one vhost-user device and the workload of tests/lab/uml as its init.
 class UmlGuest {
  public:
   struct Options {
@@ -54,6 +54,8 @@ class UmlGuest {
     int threads = 1;
     int report = 100;
     std::string directory;  // for UML's own files
+    // Instead of a disk: a balloon at `socket`, and the workload of tests/lab/uml/memory.cc.
+    bool balloon = false;
   };
   static absl::StatusOr<UmlGuest> Start(const Options& options);
   // Waits for a line with `text` after the last one returned.

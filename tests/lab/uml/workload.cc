@@ -3,6 +3,8 @@
 // blocks (512, for each thread), report (writes between progress lines, 200). Commands on standard input, one
 // letter: q stops, checks every block and prints RESULT, then powers off.
 //
+// With lab.balloon=1 it is the workload of memory.cc instead.
+//
 // Gaps are the longest time between two completed requests of one thread, by the guest's clock.
 #include <fcntl.h>
 #include <linux/reboot.h>
@@ -21,8 +23,11 @@
 #include <cstring>
 #include <ctime>
 
+#include "memory.h"
+
 namespace {
 
+unsigned g_balloon = 0;
 constexpr size_t kBlock = 4096;
 constexpr unsigned kMaxThreads = 32;
 
@@ -126,6 +131,7 @@ void ReadOptions() {
   option("lab.threads=", g_threads);
   option("lab.blocks=", g_blocks);
   option("lab.report=", g_report);
+  option("lab.balloon=", g_balloon);
   if (g_threads == 0 || g_threads > kMaxThreads) g_threads = 1;
 }
 
@@ -144,6 +150,11 @@ int main() {
   mount("proc", "/proc", "proc", 0, nullptr);
   mount("dev", "/dev", "devtmpfs", 0, nullptr);
   ReadOptions();
+  if (g_balloon != 0) {
+    if (!LoadModule("/virtio_balloon.ko")) std::printf("ERROR virtio_balloon.ko: %s\n", std::strerror(errno));
+    RunMemoryWorkload();
+    reboot(LINUX_REBOOT_CMD_POWER_OFF);
+  }
   if (!LoadModule("/virtio_blk.ko")) std::printf("ERROR virtio_blk.ko: %s\n", std::strerror(errno));
   Thread threads[kMaxThreads];
   std::printf("STARTED\n");
