@@ -310,6 +310,9 @@ absl::Status LabDevice::SetFaults(const json& settings) {
     } else if (key == "crash_after") {
       if (!value.is_number_integer() || value.get<int64_t>() < 1) return bad();
       next.crash_after = value.get<uint64_t>();
+    } else if (key == "base_offset") {
+      if (!value.is_number_integer()) return bad();
+      next.base_offset = value.get<int32_t>();
     } else if (key == "in_order") {
       if (!value.is_boolean()) return bad();
       in_order = value.get<bool>();

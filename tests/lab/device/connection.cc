@@ -156,6 +156,8 @@ absl::Status LabDevice::Serve(vhost::WireMessage& m) {
   const LabFaults& faults = options_.faults;
   ++counters_["messages"];
   ++counters_["msg." + vhost::RequestName(id)];
+  // No message has the number 0, which stands for no fault.
+  if (id == 0) return absl::InvalidArgumentError("no such message");
   if (id == faults.disconnect_at) return absl::AbortedError("asked to disconnect here");
   if (id == faults.silent_at) return absl::OkStatus();
   if (id == faults.garble_at) {
@@ -460,7 +462,8 @@ absl::Status LabDevice::AnswerBases() {
     const Reply due = bases_.front();
     Vring& ring = RingAt(due.queue);
     if (ring.stopping && ring.outstanding > 0) break;
-    ASSIGN_OR_RETURN(const uint32_t base, BaseOf(ring));
+    ASSIGN_OR_RETURN(uint32_t base, BaseOf(ring));
+    base += static_cast<uint32_t>(options_.faults.base_offset);
     bases_.pop_front();
     if (ring.started && !ring.stopping) StopRing(ring, StopMode::kSuspend);  // it does not drain
     ring.base = base;

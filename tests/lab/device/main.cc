@@ -13,6 +13,7 @@
 #include "tests/lab/device/blk_model.h"
 #include "tests/lab/device/control_client.h"
 #include "tests/lab/device/lab_device.h"
+#include "tests/lab/net/net_model.h"
 
 namespace {
 
@@ -79,8 +80,19 @@ int CheckJournalFile(const std::string& path, bool any_tags) {
   return 0;
 }
 
-int Serve(const LabDeviceOptions& options, const BlkOptions& blk, const std::string& settings,
-          bool exit_on_eof) {
+absl::StatusOr<virtio::MacAddress> ParseMac(const std::string& text) {
+  virtio::MacAddress mac;
+  int end = 0;
+  if (std::sscanf(text.c_str(), "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx%n", &mac[0], &mac[1], &mac[2], &mac[3],
+                  &mac[4], &mac[5], &end) != 6 ||
+      static_cast<size_t>(end) != text.size()) {
+    return absl::InvalidArgumentError("no MAC address: " + text);
+  }
+  return mac;
+}
+
+int Serve(const LabDeviceOptions& options, absl::StatusOr<std::unique_ptr<baton::lab::DeviceModel>> model,
+          const std::string& settings, bool exit_on_eof) {
   ::signal(SIGPIPE, SIG_IGN);
   sigset_t ends;
   sigemptyset(&ends);
@@ -89,7 +101,6 @@ int Serve(const LabDeviceOptions& options, const BlkOptions& blk, const std::str
   ::sigprocmask(SIG_BLOCK, &ends, nullptr);
   baton::UniqueFd stop(exit_on_eof ? ::dup(0) : ::signalfd(-1, &ends, SFD_CLOEXEC));
   if (exit_on_eof) ::sigprocmask(SIG_UNBLOCK, &ends, nullptr);
-  auto model = BlkModel::Create(blk);
   if (!model.ok()) return Fail(model.status());
   auto device = LabDevice::Create(options, *std::move(model));
   if (!device.ok()) return Fail(device.status());
@@ -110,7 +121,9 @@ int Serve(const LabDeviceOptions& options, const BlkOptions& blk, const std::str
 int main(int argc, char** argv) {
   LabDeviceOptions options;
   BlkOptions blk;
-  std::string settings, level = "warn";
+  baton::lab::NetModelOptions net;
+  std::string settings, level = "warn", mac;
+  bool is_net = false;
   std::vector<std::string> without, with;
   bool exit_on_eof = false, no_drain = false, synchronous = false;
   CLI::App app(
@@ -120,7 +133,14 @@ int main(int argc, char** argv) {
   app.add_option("--socket", options.socket, "where the front-end connects");
   app.add_option("--image", blk.image, "the disk; exists, and has the disk's size");
   app.add_option("--control", options.control, "socket for commands (JSON lines)");
-  app.add_option("--queues", blk.queues, "virtqueues")->check(CLI::Range(1, 256));
+  app.add_flag("--net", is_net, "a network interface instead of a disk");
+  app.add_option("--pairs", net.max_pairs, "its queue pairs")->check(CLI::Range(1, 127));
+  app.add_option("--mac", mac, "its address");
+  app.add_option("--mtu", net.mtu);
+  app.add_flag("--steering", net.steering, "the steering command of the 2012 proposal instead of MQ and RSS");
+  app.add_option("--wire-listen", net.wire_listen, "where other interfaces plug in");
+  app.add_option("--wire-connect", net.wire_connect, "where this one plugs in");
+  app.add_option("--queues", blk.queues, "virtqueues of a disk")->check(CLI::Range(1, 256));
   app.add_option("--serial", blk.serial, "what GET_ID answers");
   app.add_flag("--synchronous", synchronous, "without io_uring");
   app.add_option("--zone-sectors", blk.zone_sectors, "a zoned disk with zones of so many sectors");
@@ -159,8 +179,8 @@ int main(int argc, char** argv) {
   baton::InitLogging({.program = "baton-lab-device", .level = level, .json = false, .context = {}});
   if (*control) return Control(control_socket, command);
   if (*check) return CheckJournalFile(journal, any_tags);
-  if (options.socket.empty() || blk.image.empty()) {
-    return Fail(absl::InvalidArgumentError("--socket and --image are needed"));
+  if (options.socket.empty() || (blk.image.empty() && !is_net)) {
+    return Fail(absl::InvalidArgumentError("--socket, and --image or --net, are needed"));
   }
   for (const std::string& name : without) {
     if (kFeatures.count(name)) {
@@ -179,5 +199,12 @@ int main(int argc, char** argv) {
   }
   options.drains = !no_drain;
   blk.io_uring = !synchronous;
-  return Serve(options, blk, settings, exit_on_eof);
+  if (!is_net) return Serve(options, BlkModel::Create(blk), settings, exit_on_eof);
+  if (!mac.empty()) {
+    auto parsed = ParseMac(mac);
+    if (!parsed.ok()) return Fail(parsed.status());
+    net.mac = *parsed;
+  }
+  net.less_features = options.without_features;
+  return Serve(options, baton::lab::NetModel::Create(net), settings, exit_on_eof);
 }
