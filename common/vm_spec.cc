@@ -37,7 +37,8 @@ const Words<v1::BackendKind>& Kinds() {
                                                 {"dpdk", v1::DPDK},
                                                 {"spdk", v1::SPDK},
                                                 {"libvhost-user", v1::LIBVHOST_USER},
-                                                {"lab", v1::LAB}};
+                                                {"lab", v1::LAB},
+                                                {"yc-libvhost", v1::YC_LIBVHOST}};
   return kWords;
 }
 const Words<v1::Recovery>& Recoveries() {

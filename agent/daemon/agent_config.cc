@@ -62,8 +62,7 @@ void ReadQemu(ConfigReader& reader, QemuBinary* qemu) {
   reader.TextMap("env", &qemu->env);
 }
 
-void CheckBackend(ConfigReader& reader, const std::string& key, const v1::Backend& backend) {
-  if (backend.socket().empty()) reader.Problem("", "the field 'socket' is missing");
+void CheckDeviceKey(ConfigReader& reader, const std::string& key) {
   size_t slash = key.find('/');
   std::string device = slash == std::string::npos ? key : key.substr(slash + 1);
   bool good = key == "*" ||
@@ -71,7 +70,13 @@ void CheckBackend(ConfigReader& reader, const std::string& key, const v1::Backen
   if (!good) reader.Problem("", "is not a device's name, nor vm/device, nor \"*\"");
 }
 
-void ReadHook(ConfigReader& reader, BackendHook* hook) {
+void CheckBackend(ConfigReader& reader, const std::string& key, const v1::Backend& backend) {
+  if (backend.socket().empty()) reader.Problem("", "the field 'socket' is missing");
+  CheckDeviceKey(reader, key);
+}
+
+template <typename Hook>
+void ReadHook(ConfigReader& reader, Hook* hook) {
   reader.TextList("command", &hook->command, kRequired);
   reader.Time("timeout", &hook->timeout);
   if (hook->command.empty()) return;
@@ -117,6 +122,10 @@ void ReadConfig(ConfigReader& root, AgentConfig* out) {
   BackendHook hook;
   if (root.Map("backend_hook", [&](ConfigReader& reader) { ReadHook(reader, &hook); }))
     out->backend_hook = hook;
+  root.NamedMaps("fences", [&](const std::string& name, ConfigReader& fence) {
+    ReadHook(fence, &out->fences[name]);
+    CheckDeviceKey(fence, name);
+  });
   root.Choice<std::string>("dirty_tracking",
                            {{"auto", "auto"}, {"uffd", "uffd"}, {"soft-dirty", "soft-dirty"}},
                            &out->dirty_tracking);
@@ -192,6 +201,9 @@ absl::Status CheckAgentEnvironment(const AgentConfig& config) {
     RETURN_IF_ERROR(CheckReadable(fmt::format("{}.cert", field), tls.cert));
     RETURN_IF_ERROR(CheckReadable(fmt::format("{}.key", field), tls.key));
   }
+  for (const auto& [key, fence] : config.fences)
+    RETURN_IF_ERROR(
+        CheckProgram(fmt::format("fences.{}.command", key), fence.command[0], "the fence must exist"));
   if (config.backend_hook)
     RETURN_IF_ERROR(
         CheckProgram("backend_hook.command", config.backend_hook->command[0], "the hook must exist"));

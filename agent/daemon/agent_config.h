@@ -43,6 +43,13 @@ struct BackendHook {
   Duration timeout = std::chrono::seconds(10);
 };
 
+// Keeps what a stopped back-end had in flight from having an effect later (docs/backends.md).
+struct FenceHook {
+  // Program and first arguments; the action (fence, unfence) is appended.
+  std::vector<std::string> command;
+  Duration timeout = std::chrono::seconds(10);
+};
+
 struct AgentConfig {
   // Name of this host: hosts/{name}.
   std::string name;
@@ -61,6 +68,8 @@ struct AgentConfig {
   // Back-ends of this host, by "vm/device", "device" or "*"; {vm} and {device} in socket paths are replaced.
   std::map<std::string, v1::Backend> backends;
   std::optional<BackendHook> backend_hook;
+  // By "vm/device", "device" or "*".
+  std::map<std::string, FenceHook> fences;
   std::string dirty_tracking = "auto";
   // Path of baton-shim.
   std::string shim;

@@ -1,5 +1,7 @@
 #include "agent/daemon/backend_resolver.h"
 
+#include <google/protobuf/util/time_util.h>
+
 #include "common/config.h"
 #include "common/log.h"
 #include "common/process.h"
@@ -49,6 +51,22 @@ absl::StatusOr<v1::ResolvedDevice> BackendResolver::Resolve(const std::string& v
                                                             const v1::DeviceSpec& device,
                                                             const std::string& migration_id,
                                                             Deadline deadline) const {
+  ASSIGN_OR_RETURN(v1::ResolvedDevice out, ResolveBackend(vm, device, migration_id, deadline));
+  for (const std::string& key : {vm + "/" + device.name(), device.name(), std::string("*")}) {
+    auto found = config_.fences.find(key);
+    if (found == config_.fences.end()) continue;
+    for (const std::string& word : found->second.command) out.add_fence(word);
+    const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(found->second.timeout).count();
+    *out.mutable_fence_timeout() = google::protobuf::util::TimeUtil::MillisecondsToDuration(ms);
+    break;
+  }
+  return out;
+}
+
+absl::StatusOr<v1::ResolvedDevice> BackendResolver::ResolveBackend(const std::string& vm,
+                                                                   const v1::DeviceSpec& device,
+                                                                   const std::string& migration_id,
+                                                                   Deadline deadline) const {
   v1::ResolvedDevice out;
   out.set_name(device.name());
   *out.mutable_backend() = device.backend();

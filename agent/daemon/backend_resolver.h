@@ -26,6 +26,8 @@ class BackendResolver {
                const std::string& migration_id) const;
 
  private:
+  absl::StatusOr<v1::ResolvedDevice> ResolveBackend(const std::string& vm, const v1::DeviceSpec& device,
+                                                    const std::string& migration_id, Deadline deadline) const;
   absl::StatusOr<v1::Backend> RunHook(const std::string& action, const std::string& vm,
                                       const v1::DeviceSpec& device, const std::string& migration_id,
                                       Deadline deadline) const;

@@ -113,7 +113,8 @@ std::vector<v1::ResolvedDevice> VmManager::ResolveDevices(const v1::PrepareIncom
       findings->push_back(BackendFinding(device, probed.status()));
       continue;
     }
-    Append(*findings, vhost::CompareForMigration(SourceDevice(command.source(), device), *probed));
+    Append(*findings,
+           vhost::CompareForMigration(SourceDevice(command.source(), device), *probed, command.params()));
   }
   return devices;
 }

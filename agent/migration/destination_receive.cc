@@ -136,6 +136,10 @@ absl::Status IncomingMigration::Impl::Hello() {
   load_fd_ = *std::move(load);
   v1::PeerMessage welcome;
   welcome.mutable_welcome()->set_version(stream::kProtocolVersion);
+  for (std::string& device : p_.devices.TakesInflight())
+    welcome.mutable_welcome()->add_takes_inflight(std::move(device));
+  for (std::string& device : p_.devices.OrdersInflight())
+    welcome.mutable_welcome()->add_orders_inflight(std::move(device));
   RETURN_IF_ERROR(link_->Send(welcome, deadline));
   reporter_.EnterPhase(v1::PRECOPY);
   return absl::OkStatus();

@@ -3,16 +3,30 @@
 #pragma once
 
 #include <memory>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "agent/memory/dirty_source.h"
 #include "agent/memory/guest_ram.h"
 #include "agent/memory/hint_source.h"
 #include "baton/v1/peer.pb.h"
+#include "baton/v1/types.pb.h"
 #include "common/clock.h"
 #include "common/status.h"
 
 namespace baton::migration {
+
+struct StopOrders {
+  // For queues that finish what is in flight.
+  Duration drain_bound{0};
+  // Its answers to requests in flight, by device.
+  v1::MigrationParams params;
+  // Devices that may hand them over, as far as the destination is concerned.
+  std::set<std::string> takes_inflight;
+  // Those of them at which requests in flight may overlap.
+  std::set<std::string> orders_inflight;
+};
 
 // One caller at a time: the thread of the migration.
 class DeviceSet {
@@ -25,17 +39,23 @@ class DeviceSet {
   // --- source ---
   // A dirty source for each device that writes guest memory by itself.
   virtual std::vector<std::unique_ptr<memory::DirtySource>> MakeDirtySources() = 0;
-  // The next stop of the VMM is that of a migration; queues get `drain_bound` to finish what is in flight.
-  virtual absl::Status ArmStop(Duration drain_bound) = 0;
+  // The next stop of the VMM is that of a migration.
+  virtual absl::Status ArmStop(const StopOrders& orders) = 0;
   // The states of all stopped devices and the guest physical layout of `ram`. Errors carry the reason
   // (DRAIN_TIMEOUT, STATE_MISMATCH, SOURCE_BACKEND_FAILED …).
   virtual absl::StatusOr<v1::DeviceStates> CollectStates(const memory::GuestRam& ram, Deadline deadline) = 0;
   // Time from the first to the last queue stopped, of the slowest device.
   virtual Duration stop_duration() const = 0;
+  // How each device stopped, for the report.
+  virtual std::vector<v1::DeviceStop> stops() const = 0;
   // The migration was given up: stops are ordinary again. Idempotent.
   virtual absl::Status DisarmStop() = 0;
 
   // --- destination ---
+  // Devices whose back-ends can be given requests in flight.
+  virtual std::vector<std::string> TakesInflight() const = 0;
+  // And that keep those in order that overlap.
+  virtual std::vector<std::string> OrdersInflight() const = 0;
   // Every device of this host has its state in `states` and the other way round, and the VMM will be held to
   // it. Before the VMM starts them.
   virtual absl::Status ExpectStates(const v1::DeviceStates& states) = 0;

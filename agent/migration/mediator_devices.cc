@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "agent/migration/reporter.h"
+#include "agent/vhost/inflight_answer.h"
+
 namespace baton::migration {
 namespace {
 
@@ -18,8 +21,16 @@ class MediatorDevices final : public DeviceSet {
     return sources;
   }
 
-  absl::Status ArmStop(Duration drain_bound) override {
-    for (vhost::Mediator* mediator : mediators_) RETURN_IF_ERROR(mediator->ArmStop(drain_bound));
+  absl::Status ArmStop(const StopOrders& orders) override {
+    for (vhost::Mediator* mediator : mediators_) {
+      vhost::StopOrder order{orders.drain_bound, false, orders.orders_inflight.contains(mediator->name()),
+                             ""};
+      if (vhost::AnswerFor(orders.params, mediator->name(), mediator->Describe().class_()) == v1::HANDOFF) {
+        order.handoff = orders.takes_inflight.contains(mediator->name());
+        if (!order.handoff) order.why_not = "the destination's back-end cannot be given requests in flight";
+      }
+      RETURN_IF_ERROR(mediator->ArmStop(std::move(order)));
+    }
     return absl::OkStatus();
   }
 
@@ -42,14 +53,36 @@ class MediatorDevices final : public DeviceSet {
 
   Duration stop_duration() const override {
     Duration longest{0};
-    for (const vhost::Mediator* mediator : mediators_) longest = std::max(longest, mediator->stop_duration());
+    for (const v1::DeviceStop& stop : stops()) longest = std::max(longest, ToDuration(stop.duration()));
     return longest;
+  }
+
+  std::vector<v1::DeviceStop> stops() const override {
+    std::vector<v1::DeviceStop> stops;
+    for (const vhost::Mediator* mediator : mediators_) stops.push_back(mediator->stop());
+    return stops;
   }
 
   absl::Status DisarmStop() override {
     absl::Status first;
     for (vhost::Mediator* mediator : mediators_) first.Update(mediator->DisarmStop());
     return first;
+  }
+
+  std::vector<std::string> TakesInflight() const override {
+    std::vector<std::string> names;
+    for (const vhost::Mediator* mediator : mediators_) {
+      if (mediator->TakesInflight()) names.push_back(mediator->name());
+    }
+    return names;
+  }
+
+  std::vector<std::string> OrdersInflight() const override {
+    std::vector<std::string> names;
+    for (const vhost::Mediator* mediator : mediators_) {
+      if (mediator->TakesInflight() && mediator->OrdersInflight()) names.push_back(mediator->name());
+    }
+    return names;
   }
 
   absl::Status ExpectStates(const v1::DeviceStates& states) override {

@@ -214,6 +214,9 @@ absl::Status OutgoingMigration::Impl::Connect() {
     return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kFailedPrecondition,
                  "the destination speaks version {} of the stream, this side {}", answer.welcome().version(),
                  stream::kProtocolVersion);
+  const v1::PeerWelcome& welcome = answer.welcome();
+  takes_inflight_.insert(welcome.takes_inflight().begin(), welcome.takes_inflight().end());
+  orders_inflight_.insert(welcome.orders_inflight().begin(), welcome.orders_inflight().end());
   return absl::OkStatus();
 }
 

@@ -30,6 +30,7 @@ absl::Status OutgoingMigration::Impl::Blackout() {
   RETURN_IF_ERROR(Interrupted());
   const Clock::time_point begin = Clock::now();
   auto states = p_.devices.CollectStates(p_.ram, deadline);
+  RecordStops();
   if (!states.ok()) return AtSource(states.status());
   blackout_.drain = p_.devices.stop_duration();
   Mark("device_states", begin);
@@ -38,16 +39,20 @@ absl::Status OutgoingMigration::Impl::Blackout() {
 }
 
 absl::Status OutgoingMigration::Impl::FreezeGuest(Deadline deadline) {
-  RETURN_IF_ERROR(AtSource(p_.devices.ArmStop(drain_timeout_)));
+  RETURN_IF_ERROR(AtSource(p_.devices.ArmStop({.drain_bound = drain_timeout_,
+                                               .params = o_.params,
+                                               .takes_inflight = takes_inflight_,
+                                               .orders_inflight = orders_inflight_})));
   const Clock::time_point begin = Clock::now();
   const int64_t begin_ns = MonotonicNs();
   freeze_tried_ = true;
-  // The VMM waits for its devices: their drain bound, and some time of its own.
-  auto state = p_.driver.Freeze(deadline.Min(Deadline::After(drain_timeout_ + seconds(10))));
+  // The VMM waits for its devices: their drain bound, a fence, and some time of its own.
+  auto state = p_.driver.Freeze(deadline.Min(Deadline::After(drain_timeout_ + seconds(20))));
   if (!state.ok()) {
     // A drain that failed is the reason for a VMM that did not get to its stop.
     auto states = p_.devices.CollectStates(p_.ram, Deadline::After(milliseconds(1)));
     const v1::Reason device = ReasonOf(states.status(), v1::REASON_UNSPECIFIED);
+    RecordStops();
     if (device == v1::DRAIN_TIMEOUT || device == v1::SOURCE_BACKEND_FAILED) return states.status();
     return WithReason(Annotate(state.status(), "freezing the guest"), v1::SOURCE_VMM_FAILED);
   }

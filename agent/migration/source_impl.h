@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -94,6 +95,7 @@ class OutgoingMigration::Impl {
   void ResumeHere(const absl::Status& status);
   void AbortPeer(const absl::Status& status);
   void StopTracking();
+  void RecordStops();
   void Record(const RoundSample& sample, const ConvergenceDecision& decision);
   void TickProgress();
   void FillCounts(v1::Progress& progress);
@@ -107,6 +109,7 @@ class OutgoingMigration::Impl {
   Reporter reporter_;
   ConvergenceLimits limits_;
   Duration drain_timeout_{0};
+  std::set<std::string> takes_inflight_, orders_inflight_;  // devices, by the destination's word
   Duration max_duration_{0};
 
   mutable std::mutex mutex_;

@@ -253,6 +253,19 @@ void OutgoingMigration::Impl::FillCounts(v1::Progress& progress) {
   progress.set_round(round_.load(std::memory_order_relaxed));
 }
 
+void OutgoingMigration::Impl::RecordStops() {
+  reporter_.Update([&](v1::SideReport& r) {
+    v1::Progress* progress = r.mutable_progress();
+    progress->clear_device_stops();
+    uint32_t handed_off = 0;
+    for (v1::DeviceStop& stop : p_.devices.stops()) {
+      handed_off += stop.handed_off();
+      *progress->add_device_stops() = std::move(stop);
+    }
+    progress->set_inflight_handed_off(handed_off);
+  });
+}
+
 void OutgoingMigration::Impl::TickProgress() {
   stream::MemorySender* sender;
   {

@@ -101,7 +101,11 @@ absl::Status VirtualMachine::StartMediators(bool required) {
   for (int i = 0; i < config.spec().devices_size(); ++i) {
     vhost::MediatorOptions options;
     options.spec = config.spec().devices(i);
-    options.backend = config.devices(i).backend();
+    const v1::ResolvedDevice& resolved = config.devices(i);
+    options.backend = resolved.backend();
+    options.fence.command.assign(resolved.fence().begin(), resolved.fence().end());
+    options.fence.env = {{"BATON_VM", config.spec().name()}};
+    if (resolved.has_fence_timeout()) options.fence.timeout = migration::ToDuration(resolved.fence_timeout());
     options.listen_path = vmm::DeviceSocketPath(config.run_dir(), options.spec.name());
     options.backend_required = required;
     options.vmm_returns = !required;

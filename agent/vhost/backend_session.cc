@@ -192,6 +192,9 @@ uint64_t Mediator::Impl::EffectiveFeatures() const {
 uint64_t Mediator::Impl::EffectiveProtocolFeatures() const {
   uint64_t features = offer_.protocol_features & kWanted;
   features |= record_.protocol_features & offer_.protocol_features & pf::kStatus;
+  // For GET_VRING_BASE_SKIP_DRAIN, which is asked for only where it is known what the answers mean.
+  if ((features & pf::kInflightShmfd) && quirks_.inflight != virtio::InflightKind::kUnknown)
+    features |= offer_.protocol_features & pf::kSkipDrain;
   return features;
 }
 

@@ -19,9 +19,11 @@ constexpr uint64_t kMemoMagic = 0x4f4d454d4e544142;  // "BATNMEMO"
 constexpr uint32_t kMemoVersion = 1;
 constexpr size_t kMaxDeviceName = 64;
 
+}  // namespace
+
 // Two copies and which of them counts. A value is whole at every moment, whoever is killed.
 template <typename T>
-struct Cell {
+struct MemoCell {
   std::atomic<uint32_t> current;
   uint32_t padding;
   T copy[2];
@@ -33,6 +35,8 @@ struct Cell {
     current.store(next, std::memory_order_release);
   }
 };
+
+namespace {
 
 // Opened without following links; regular, ours, nobody else's.
 absl::StatusOr<UniqueFd> OpenOwn(const std::string& path, uint64_t size, uint64_t inode) {
@@ -83,8 +87,8 @@ struct DeviceMemo::Layout {
   uint32_t version;
   uint32_t rings;
   char name[kMaxDeviceName];
-  Cell<MemoDevice> device;
-  Cell<MemoRing> ring[kMaxVrings];
+  MemoCell<MemoDevice> device;
+  MemoCell<MemoRing> ring[kMaxVrings];
 };
 
 std::string DeviceMemo::RegionPath(uint32_t n) const {

@@ -55,6 +55,9 @@ struct MemoRing {
     kRunning = 2,  // a back-end may have requests of it
     kTold = 4,     // `told` is what the VMM was answered when it stopped the ring
     kBase = 8,     // `base` is the back-end's own answer to GET_VRING_BASE
+    // The region holds requests that another host's back-end had in flight, and the ring has not been started
+    // with them yet. Nothing but `num` is meant.
+    kTakenOver = 16,
   };
   uint32_t flags = 0;
   uint32_t num = 0;

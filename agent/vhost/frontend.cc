@@ -74,6 +74,38 @@ absl::StatusOr<uint32_t> Frontend::GetVringBase(uint32_t index, Deadline deadlin
   return state.num;
 }
 
+absl::StatusOr<std::vector<uint32_t>> Frontend::GetVringBases(Request request,
+                                                              std::span<const uint32_t> indices, uint32_t num,
+                                                              bool pipelined, Deadline deadline) {
+  if (overdue_) return absl::InternalError("a request while the answer to another is overdue");
+  std::vector<uint32_t> bases;
+  bases.reserve(indices.size());
+  if (pipelined) {
+    std::vector<uint8_t> batch;
+    batch.reserve(indices.size() * (sizeof(Header) + sizeof(VringState)));
+    for (uint32_t index : indices) {
+      const Header header{static_cast<uint32_t>(request), kVersion, sizeof(VringState)};
+      const VringState wanted{index, num};
+      batch.insert(batch.end(), Bytes(header).begin(), Bytes(header).end());
+      batch.insert(batch.end(), Bytes(wanted).begin(), Bytes(wanted).end());
+    }
+    if (absl::Status sent = connection_.SendRaw(batch, deadline); !sent.ok())
+      return absl::IsDeadlineExceeded(sent) ? absl::UnavailableError(Message(sent)) : sent;
+  }
+  for (uint32_t index : indices) {
+    const VringState wanted{index, num};
+    if (!pipelined) RETURN_IF_ERROR(Send(request, 0, Bytes(wanted), {}, deadline));
+    ASSIGN_OR_RETURN(WireMessage reply, Await(request, sizeof wanted, deadline));
+    auto state = reply.As<VringState>();
+    if (state.index != index) {
+      return Error(absl::StatusCode::kInvalidArgument, "reply to {} of ring {} is about ring {}",
+                   RequestName(static_cast<uint32_t>(request)), index, state.index);
+    }
+    bases.push_back(state.num);
+  }
+  return bases;
+}
+
 absl::StatusOr<WireMessage> Frontend::FinishOverdue(Deadline deadline) {
   if (!overdue_) return absl::InternalError("no answer is overdue");
   Overdue overdue = *std::exchange(overdue_, std::nullopt);

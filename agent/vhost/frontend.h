@@ -34,6 +34,13 @@ class Frontend {
   // Requests with an answer of their own. `request` must be one that answers with a u64.
   absl::StatusOr<uint64_t> GetU64(Request request, Deadline deadline);
   absl::StatusOr<uint32_t> GetVringBase(uint32_t index, Deadline deadline);
+  // The bases of many rings by `request` (GET_VRING_BASE or GET_VRING_BASE_SKIP_DRAIN), in the order of
+  // `indices`. `num`: what the request carries beside the index; 0 by the specification. `pipelined`: all
+  // requests leave with one system call, before the first answer is there; vhost-user.rst leaves open whether
+  // a back-end has to bear that, so only for kinds that are known to. kDeadlineExceeded: not all have
+  // answered; unlike elsewhere, the connection must be dropped then if `pipelined`.
+  absl::StatusOr<std::vector<uint32_t>> GetVringBases(Request request, std::span<const uint32_t> indices,
+                                                      uint32_t num, bool pipelined, Deadline deadline);
   // After a request that ended with kDeadlineExceeded its answer is still to come: nothing else may be sent
   // until FinishOverdue has succeeded (call it when fd() is readable).
   bool overdue() const { return overdue_.has_value(); }

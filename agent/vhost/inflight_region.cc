@@ -44,6 +44,7 @@ absl::Status Mediator::Impl::EnsureInflight() {
   }
   // Rings that the VMM has not come to yet.
   for (uint32_t i = 0; MemoApplies() && i < kMaxVrings; ++i) needed |= memo_->ring(i).running();
+  needed |= !taken_over_.empty();
   if (!record_.inflight) {
     if (auto found = memo_->OpenRegion(); found.ok()) {
       record_.inflight = std::move(*found);
@@ -71,7 +72,7 @@ absl::Status Mediator::Impl::EnsureInflight() {
                  "GET_INFLIGHT_FD: {} bytes at offset {} do not fit into the file", wanted.mmap_size,
                  wanted.mmap_offset);
   }
-  RETURN_IF_ERROR(virtio::InferSplitStride(wanted.mmap_size, wanted.num_queues, wanted.queue_size).status());
+  RETURN_IF_ERROR(RegionStride(wanted).status());
   if (const InflightDescription& d = record_.inflight.description;
       record_.inflight && (d.mmap_size != wanted.mmap_size || d.num_queues != wanted.num_queues ||
                            d.queue_size != wanted.queue_size)) {
@@ -266,6 +267,7 @@ void Mediator::Impl::Memorize(uint32_t index, bool starts) {
 void Mediator::Impl::MemorizeAll() {
   for (auto& [index, vring] : record_.vrings) Recall(index);
   memo_->ForgetRings();
+  NoteTakenOver();
   MemoDevice device = memo_->device();
   device.features = record_.features.value_or(0) & ~virtio::kVhostOnly;
   device.memory_digest = MemoryDigest();

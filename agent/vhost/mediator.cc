@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <future>
 
+#include "agent/vhost/inflight_answer.h"
 #include "agent/vhost/mediator_impl.h"
 #include "agent/virtio/features.h"
 #include "common/log.h"
@@ -36,7 +37,9 @@ absl::StatusOr<std::vector<memory::GpaRange>> LayoutFor(const std::vector<Memory
 Mediator::Impl::Impl(MediatorOptions options, MediatorCallbacks callbacks)
     : options_(std::move(options)),
       callbacks_(std::move(callbacks)),
-      quirks_(QuirksOf(options_.backend.kind())) {}
+      quirks_(QuirksOf(options_.backend.kind())),
+      // An earlier mediator may have died with it up.
+      fenced_(options_.vmm_returns && HasFence()) {}
 
 Mediator::Impl::~Impl() {
   quit_ = true;
@@ -52,6 +55,7 @@ absl::Status Mediator::Impl::StartUp() {
   inotify_.reset(::inotify_init1(IN_CLOEXEC | IN_NONBLOCK));
 
   ASSIGN_OR_RETURN(memo_, DeviceMemo::Open(options_.memo_dir, name(), /*fresh=*/!options_.vmm_returns));
+  RecallTakenOver();
 
   Deadline deadline = Deadline::After(options_.connect_timeout);
   absl::Status dialled = Dial();
@@ -224,6 +228,11 @@ v1::Device Mediator::Impl::BuildDescription() const {
   d.set_max_queues(static_cast<uint32_t>(offer_.queues));
   d.set_max_memory_slots(static_cast<uint32_t>(offer_.memory_slots));
   d.set_memory_regions(static_cast<uint32_t>(record_.memory.regions().size()));
+  const HandoffObstacles obstacles =
+      ObstaclesOf(options_.spec.class_(), options_.backend.kind(), offer_.protocol_features, HasFence());
+  d.set_no_handoff(obstacles.handoff);
+  d.set_no_handoff_of_writes(obstacles.writes);
+  d.set_no_takeover(obstacles.takeover);
   return d;
 }
 
@@ -237,6 +246,11 @@ void Mediator::Impl::Publish() {
     published_expected_ = expected_result_;
     published_vmm_ = vmm_.valid();
     if (stop_began_ && stop_ended_) stop_duration_ = *stop_ended_ - *stop_began_;
+    stop_told_.set_handed_off(0);
+    for (const auto& [index, set] : stop_.sets)
+      stop_told_.set_handed_off(stop_told_.handed_off() + static_cast<uint32_t>(set.size()));
+    stop_told_.set_answer(stop_.sets.empty() ? v1::DRAIN : v1::HANDOFF);
+    stop_told_.set_why(stop_.drain_reason);
     ++change_count_;
   }
   changed_.notify_all();
@@ -276,11 +290,13 @@ bool Mediator::Active() const { return impl_->Describe().state() == v1::Device::
 absl::Status Mediator::StartLogging(Deadline deadline) { return impl_->StartLogging(deadline); }
 absl::Status Mediator::HarvestLog(memory::PageSets& out) { return impl_->HarvestLog(out); }
 absl::Status Mediator::StopLogging(Deadline deadline) { return impl_->StopLogging(deadline); }
-absl::Status Mediator::ArmStop(Duration drain_bound) { return impl_->ArmStop(drain_bound); }
+absl::Status Mediator::ArmStop(StopOrder order) { return impl_->ArmStop(std::move(order)); }
 absl::StatusOr<v1::DeviceState> Mediator::CollectState(Deadline deadline) {
   return impl_->CollectState(deadline);
 }
-Duration Mediator::stop_duration() const { return impl_->stop_duration(); }
+v1::DeviceStop Mediator::stop() const { return impl_->stop(); }
+bool Mediator::TakesInflight() const { return impl_->TakesInflight(); }
+bool Mediator::OrdersInflight() const { return impl_->OrdersInflight(); }
 absl::Status Mediator::DisarmStop() { return impl_->DisarmStop(); }
 absl::Status Mediator::ExpectState(const v1::DeviceState& state) { return impl_->ExpectState(state); }
 absl::Status Mediator::CheckExpected() const { return impl_->CheckExpected(); }

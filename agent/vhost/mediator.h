@@ -25,6 +25,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -33,6 +34,7 @@
 #include "agent/memory/guest_ram.h"
 #include "baton/v1/fleet.pb.h"
 #include "baton/v1/peer.pb.h"
+#include "baton/v1/types.pb.h"
 #include "baton/v1/vm_spec.pb.h"
 #include "common/clock.h"
 #include "common/status.h"
@@ -53,6 +55,27 @@ struct MemoryRegionInfo {
 // of `ram` are an error (FailedPrecondition): their pages would not move.
 absl::StatusOr<std::vector<memory::GpaRange>> LayoutFor(const std::vector<MemoryRegionInfo>& regions,
                                                         const memory::GuestRam& ram);
+
+// The fence: a command that confirms, by ending with 0, that nothing of what a back-end had in flight reaches
+// the storage or guest memory any more. Run with "fence" or "unfence" as its last argument, and BATON_DEVICE,
+// BATON_SOCKET, BATON_ACTION and `env` in its environment.
+struct FenceCommand {
+  std::vector<std::string> command;  // empty: there is none
+  std::map<std::string, std::string> env;
+  Duration timeout = std::chrono::seconds(10);
+};
+
+// How the next stop, that of a migration, is to go.
+struct StopOrder {
+  // For all queues, from the first of them, to finish what is in flight.
+  Duration drain_bound{0};
+  // Hand over what is in flight, if it may be done.
+  bool handoff = false;
+  // The back-end that is given the requests keeps those in order that overlap.
+  bool ordered = false;
+  // Why it may not, although it was asked for; empty otherwise.
+  std::string why_not;
+};
 
 struct MediatorOptions {
   // Name, class and size of the device. Only the name is needed; it appears in every message.
@@ -81,6 +104,7 @@ struct MediatorOptions {
   // name the regions that changed. At most 8 regions then.
   bool whole_memory_tables = false;
   Duration connect_timeout = std::chrono::seconds(5);
+  FenceCommand fence;
   // Guest memory for HarvestLog; may be null, then HarvestLog fails. Must outlive the mediator. Its layout
   // must have been set (see MediatorCallbacks::on_memory) before the first harvest.
   const memory::GuestRam* ram = nullptr;
@@ -126,23 +150,33 @@ class Mediator {
   // The above as a DirtySource (each call bounded by the request timeout). Must not outlive the mediator.
   std::unique_ptr<memory::DirtySource> MakeDirtySource();
 
-  // From now on a stop of the VMM is the stop of a migration: queues are given `drain_bound` in all, from the
-  // first of them, to finish what is in flight; at the bound the VMM is answered all the same and
-  // CollectState fails.
-  absl::Status ArmStop(Duration drain_bound);
+  // From now on a stop of the VMM is the stop of a migration. With the first queue that the VMM stops, all
+  // are stopped: without completing what they have in flight, if that is wanted and may be done (the set is
+  // exact, its effects are confirmed to have ended, every request may be done again); else queues are given
+  // `drain_bound` to finish; at the bound the VMM is answered all the same and CollectState fails.
+  absl::Status ArmStop(StopOrder order);
+  // The same with drain.
+  absl::Status ArmStop(Duration drain_bound) { return ArmStop(StopOrder{drain_bound, false, false, ""}); }
   // Waits until the VMM has stopped every queue, and returns the state to ship. Every invariant has been
   // checked against guest memory. DRAIN_TIMEOUT: requests are still in flight. STATE_MISMATCH: the rings
   // contradict the back-end. SOURCE_BACKEND_FAILED: it was lost. A device that the guest never started gives
   // a state without vrings.
   absl::StatusOr<v1::DeviceState> CollectState(Deadline deadline);
-  // How long the stop of CollectState took, from the first to the last queue.
-  Duration stop_duration() const;
+  // How the stop of CollectState went: what was done, how long it took from the first to the last queue, how
+  // many requests go over, and why it drained although handoff was asked for.
+  v1::DeviceStop stop() const;
   // The migration was given up: stops are ordinary again. Idempotent.
   absl::Status DisarmStop();
 
   // --- destination of a migration ---
+  // Requests in flight of another host could be given to the back-end as it is now.
+  bool TakesInflight() const;
+  // And it would keep those in order that overlap.
+  bool OrdersInflight() const;
   // What the VMM must ask for when it starts the device. Checked queue by queue; a difference is reported in
-  // Describe().message and the log, and by CheckExpected().
+  // Describe().message and the log, and by CheckExpected(). What is in flight is put into the in-flight
+  // region, from where the back-end submits it once the device starts; DESTINATION_BACKEND_FAILED if that
+  // cannot be.
   absl::Status ExpectState(const v1::DeviceState& state);
   // OK once the VMM has started the device as expected (or nothing is expected); Unavailable before it has;
   // STATE_MISMATCH with the first difference.

@@ -1,9 +1,12 @@
 // The inside of Mediator, shared by its parts:
 //   mediator.cc         the thread, its events, the public calls
 //   vmm_requests.cc     what the VMM asks, one handler a request
-//   inflight_region.cc  the in-flight region, and what outlives the shim
 //   backend_session.cc  connecting, building the device at the back-end, losing it, starting and stopping
-//   rings migration_ops.cc    logging, the stop of a migration, state out and in
+//   ring_control.cc     where a ring is to start, and its start;  ring_stop.cc  drain and stop
+//   inflight_region.cc  the in-flight region, and what outlives the shim;  inflight_sets.cc  what it says
+//   suspend.cc fence.cc handing over what is in flight;  takeover.cc  being given it
+//   logging.cc          dirty logging;  migration_ops.cc  the stop of a migration
+//   device_state.cc     the state out of it and into it
 #pragma once
 
 #include <atomic>
@@ -92,9 +95,11 @@ class Mediator::Impl {
   absl::Status StartLogging(Deadline deadline);
   absl::Status HarvestLog(memory::PageSets& out);
   absl::Status StopLogging(Deadline deadline);
-  absl::Status ArmStop(Duration drain_bound);
+  absl::Status ArmStop(StopOrder order);
   absl::StatusOr<v1::DeviceState> CollectState(Deadline deadline);
-  Duration stop_duration() const;
+  v1::DeviceStop stop() const;
+  bool TakesInflight() const;
+  bool OrdersInflight() const { return quirks_.replays_in_order; }
   absl::Status DisarmStop();
   absl::Status ExpectState(const v1::DeviceState& state);
   absl::Status CheckExpected() const;
@@ -195,7 +200,40 @@ class Mediator::Impl {
   bool MemoApplies() const;
   uint64_t MemoryDigest() const;
 
-  // --- ring_control.cc ---
+  // --- inflight_sets.cc ---
+  absl::StatusOr<virtio::InflightGeometry> RegionGeometry() const;
+  absl::StatusOr<std::vector<uint8_t>> CopyRegion(uint64_t offset, uint64_t size) const;
+  // What one queue's part says, checked against the ring, and against the back-end's answer to its stop.
+  absl::StatusOr<virtio::InflightSet> ReadSet(std::span<const uint8_t> part, uint32_t index,
+                                              std::optional<uint32_t> base) const;
+
+  // --- suspend.cc, fence.cc: the stop of a migration ---
+  // With the first queue that the VMM stops. Suspends, or drains as far as that can be done for all at once.
+  void StopAllRings();
+  std::vector<uint32_t> RunningRings() const;
+  void DrainRings();
+  // Stops all without completing; an error says why that may not be, and then they run again.
+  absl::Status SuspendRings();
+  absl::Status JudgeSets(const std::vector<uint32_t>& rings, const std::vector<uint32_t>& bases);
+  void ResumeSuspended(const std::vector<uint32_t>& rings);
+  // The base as the VMM is told it: the next request to fetch.
+  uint32_t ToldBase(const virtio::InflightSet& set) const;
+  bool HasFence() const { return !options_.fence.command.empty(); }
+  absl::Status FenceIfNeeded();
+  // Before anything is submitted at this side again.
+  absl::Status LiftFence();
+  absl::Status RunFence(const std::string& action);
+  bool HandoffWanted() const;
+  // Overlapping requests may be submitted again here and at the destination.
+  bool OrderKept() const;
+
+  // --- takeover.cc ---
+  absl::Status TakeOver(const v1::DeviceState& state);
+  // So that the next shim knows of it, too; and what the one before noted.
+  void NoteTakenOver();
+  void RecallTakenOver();
+
+  // --- ring_control.cc, ring_stop.cc ---
   // Where the back-end is to begin with the ring.
   absl::StatusOr<uint32_t> ResolveBase(uint32_t index);
   absl::Status StartVring(uint32_t index);
@@ -219,12 +257,14 @@ class Mediator::Impl {
   uint32_t UsedIndex(uint32_t index) const;
   uint32_t AvailIndex(uint32_t index) const;
 
-  // --- migration_ops.cc, on the thread ---
+  // --- logging.cc, migration_ops.cc, device_state.cc, on the thread ---
   absl::Status EnsureLog();
   absl::Status ApplyLogging(bool on);
   void MarkDirty(uint64_t gpa, uint64_t size);
   void MarkRingDirty(uint32_t index);
   absl::StatusOr<v1::DeviceState> BuildState();
+  // A ring whose requests in flight go over.
+  absl::Status AddHandedOff(uint32_t index, const virtio::InflightSet& set, v1::VringState* v) const;
   void CompareWithExpected(uint32_t index, uint32_t base);
   // Begins the stop if `begin`, and says until when it may last.
   Deadline StopDeadline(bool begin);
@@ -253,6 +293,17 @@ class Mediator::Impl {
   Clock::time_point retry_at_{};
   bool logging_ = false;
   std::optional<Clock::time_point> stop_began_, stop_ended_;
+  // The stop of a migration.
+  struct MigrationStop {
+    bool begun = false;
+    std::string drain_reason;  // why it drains although handoff was asked for
+    // By ring, what goes over. Empty with drain.
+    std::map<uint32_t, virtio::InflightSet> sets;
+  };
+  MigrationStop stop_;
+  bool fenced_ = false;
+  // Rings (and their sizes) whose requests in flight came from another host and are in the region.
+  std::map<uint32_t, uint32_t> taken_over_;
   std::optional<v1::DeviceState> expected_;
   absl::Status expected_result_;
   std::vector<uint32_t> expected_seen_;
@@ -267,7 +318,8 @@ class Mediator::Impl {
   std::deque<std::function<void()>> posted_;  // guarded by mutex_
   v1::Device published_;                      // guarded by mutex_
   uint64_t change_count_ = 0;                 // guarded by mutex_
-  std::optional<Duration> armed_;             // guarded by mutex_
+  std::optional<StopOrder> armed_;            // guarded by mutex_
+  v1::DeviceStop stop_told_;                  // guarded by mutex_
   Duration stop_duration_{};                  // guarded by mutex_
   absl::Status published_expected_;           // guarded by mutex_
   bool published_vmm_ = false;                // guarded by mutex_

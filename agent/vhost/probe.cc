@@ -1,8 +1,11 @@
 #include "agent/vhost/probe.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "agent/vhost/frontend.h"
+#include "agent/vhost/inflight_answer.h"
+#include "agent/vhost/quirks.h"
 #include "agent/virtio/features.h"
 #include "common/finding.h"
 
@@ -35,9 +38,18 @@ absl::StatusOr<v1::Device> ProbeBackend(const v1::DeviceSpec& spec, const v1::Ba
     d.set_max_memory_slots(kMaxTableRegions);
     ASSIGN_OR_RETURN(uint64_t features, fe.GetU64(Request::kGetFeatures, deadline));
     d.set_offered_features(features);
+    auto judge = [&](uint64_t offered) {
+      const HandoffObstacles obstacles =
+          ObstaclesOf(spec.class_(), backend.kind(), offered, /*fenced=*/false);
+      d.set_no_handoff(obstacles.handoff);
+      d.set_no_handoff_of_writes(obstacles.writes);
+      d.set_no_takeover(obstacles.takeover);
+    };
+    judge(0);
     if (!(features & virtio::kVhostUserFProtocolFeatures)) return d;
     ASSIGN_OR_RETURN(uint64_t protocol, fe.GetU64(Request::kGetProtocolFeatures, deadline));
     d.set_offered_protocol_features(protocol);
+    judge(protocol);
     RETURN_IF_ERROR(fe.SetProtocolFeatures(
         protocol & (pf::kMq | pf::kConfig | pf::kConfigureMemSlots | pf::kReplyAck), deadline));
     if (protocol & pf::kMq) {
@@ -72,7 +84,8 @@ absl::StatusOr<v1::Device> ProbeBackend(const v1::DeviceSpec& spec, const v1::Ba
   return Annotate(status, where);
 }
 
-std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1::Device& destination) {
+std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1::Device& destination,
+                                             const v1::MigrationParams& params) {
   std::vector<v1::Finding> out;
   auto add = [&](v1::Severity severity, const char* code, const std::string& message,
                  const std::string& remedy) {
@@ -117,6 +130,32 @@ std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1:
     add(v1::WARNING, "NO_INFLIGHT_REGION",
         "the destination's back-end keeps no in-flight region: its crash may stop the device",
         "use a back-end with INFLIGHT_SHMFD at the destination");
+  }
+  if (AnswerFor(params, source.name(), source.class_()) == v1::HANDOFF) {
+    // A network device has nothing to hand over but empty buffers: only who names it wants to know.
+    const bool named =
+        blk || std::any_of(params.inflight_rules().begin(), params.inflight_rules().end(),
+                           [&](const v1::InflightRule& rule) {
+                             return rule.device() == source.name() || rule.class_() == source.class_();
+                           });
+    const virtio::InflightTraits& traits = virtio::TraitsOf(QuirksOf(destination.backend().kind()).inflight);
+    std::string why;
+    if (!source.no_handoff().empty()) {
+      why = "at the source " + source.no_handoff();
+    } else if (!destination.no_takeover().empty()) {
+      why = "at the destination " + destination.no_takeover();
+    } else if ((acked & virtio::kFRingPacked) ? !traits.packed : !traits.split) {
+      why = "the destination's back-end keeps no in-flight region for such rings";
+    } else if (!source.no_handoff_of_writes().empty()) {
+      why = source.no_handoff_of_writes();
+    }
+    if (!why.empty() && named) {
+      add(v1::WARNING, "HANDOFF_IMPOSSIBLE",
+          fmt::format("requests in flight are not handed over, the device drains instead: {}", why),
+          "the blackout then lasts as long as the slowest request, up to drain_timeout; use back-ends that "
+          "can "
+          "hand over (docs/backends.md), or configure their kind and a fence");
+    }
   }
   uint32_t queues = 0;
   for (const v1::Queue& q : source.queues()) {

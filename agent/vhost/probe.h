@@ -22,6 +22,8 @@ absl::StatusOr<v1::Device> ProbeBackend(const v1::DeviceSpec& spec, const v1::Ba
 
 // What stands in the way of moving `source` (as its mediator describes it) to `destination` (as ProbeBackend
 // found it). Empty means nothing. Pure.
-std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1::Device& destination);
+// `params`: of the migration, for what is asked about requests in flight.
+std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1::Device& destination,
+                                             const v1::MigrationParams& params = {});
 
 }  // namespace baton::vhost

@@ -5,17 +5,43 @@ namespace baton::vhost {
 Quirks QuirksOf(v1::BackendKind kind) {
   switch (kind) {
     case v1::QEMU_STORAGE_DAEMON:
-      return {"qemu-storage-daemon", true, true, virtio::InflightKind::kUnknown};
+      return {.name = "qemu-storage-daemon",
+              .drains_on_disconnect = true,
+              .window_recovery = true,
+              .inflight = virtio::InflightKind::kUnknown};
     case v1::DPDK:
-      return {"DPDK", false, false, virtio::InflightKind::kDpdk};
+      return {.name = "DPDK",
+              .drains_on_disconnect = false,
+              .window_recovery = false,
+              .inflight = virtio::InflightKind::kDpdk};
     case v1::SPDK:
-      return {"SPDK", false, false, virtio::InflightKind::kSpdk};
+      return {.name = "SPDK",
+              .drains_on_disconnect = false,
+              .window_recovery = false,
+              .inflight = virtio::InflightKind::kSpdk};
     case v1::LIBVHOST_USER:
-      return {"libvhost-user", false, false, virtio::InflightKind::kLibvhostUser};
+      return {.name = "libvhost-user",
+              .drains_on_disconnect = false,
+              .window_recovery = false,
+              .inflight = virtio::InflightKind::kLibvhostUser};
+    case v1::YC_LIBVHOST:
+      return {.name = "yc-libvhost",
+              .drains_on_disconnect = false,
+              .window_recovery = false,
+              .inflight = virtio::InflightKind::kYc,
+              .bit_20 = true,
+              .suspend_num = 1};
     case v1::LAB:
-      return {"lab", false, false, virtio::InflightKind::kSpec};
+      return {.name = "lab",
+              .drains_on_disconnect = false,
+              .window_recovery = false,
+              .inflight = virtio::InflightKind::kSpec,
+              .bit_20 = true,
+              .confirms_cancel = true,
+              .replays_in_order = true,
+              .pipelines = true};
     default:
-      return {"unknown", false, false, virtio::InflightKind::kUnknown};
+      return {.name = "unknown", .drains_on_disconnect = false, .window_recovery = false};
   }
 }
 

@@ -14,8 +14,20 @@ struct Quirks {
   // What was in flight when it died may be worked out from both rings (RecoverSplit), because it starts to
   // serve a new connection only when nothing of an older one is in flight.
   bool window_recovery;
-  // How it lays out an in-flight region, and which base it means and wants.
-  virtio::InflightKind inflight;
+  // Layout of its in-flight region, and what ring bases mean while something is in flight.
+  virtio::InflightKind inflight = virtio::InflightKind::kUnknown;
+  // Protocol bit 20 is what QEMU made of it (in rust-vmm it was another feature for a time), and it may be
+  // negotiated for one stop only. Bit 23 needs no such knowledge.
+  bool bit_20 = false;
+  // What GET_VRING_BASE carries beside the index to suspend under bit 20.
+  uint32_t suspend_num = 0;
+  // Before it answers a stop without completing, it has cancelled what it had and knows that.
+  bool confirms_cancel = false;
+  // It submits what it finds in the region in the order of the counters, overlapping requests one after the
+  // other.
+  bool replays_in_order = false;
+  // It bears requests that come before it has answered the one before.
+  bool pipelines = false;
 };
 
 Quirks QuirksOf(v1::BackendKind kind);

@@ -33,9 +33,18 @@ absl::Status Connection::Send(uint32_t request, uint32_t flags, std::span<const 
   std::memcpy(bytes.data(), &header, sizeof header);
   if (!payload.empty()) std::memcpy(bytes.data() + sizeof header, payload.data(), payload.size());
   if (fds.size() > kMaxFds) return absl::InternalError("too many descriptors for one message");
+  return SendBytes(bytes, fds, RequestName(request), deadline);
+}
+
+absl::Status Connection::SendRaw(std::span<const uint8_t> bytes, Deadline deadline) {
+  return SendBytes(bytes, {}, "requests", deadline);
+}
+
+absl::Status Connection::SendBytes(std::span<const uint8_t> bytes, std::span<const int> fds,
+                                   const std::string& what, Deadline deadline) {
   size_t sent = 0;
   while (sent < bytes.size()) {
-    iovec iov{bytes.data() + sent, bytes.size() - sent};
+    iovec iov{const_cast<uint8_t*>(bytes.data()) + sent, bytes.size() - sent};
     msghdr msg{};
     msg.msg_iov = &iov;
     msg.msg_iovlen = 1;
@@ -55,10 +64,9 @@ absl::Status Connection::Send(uint32_t request, uint32_t flags, std::span<const 
       continue;
     }
     if (errno == EINTR) continue;
-    if (errno != EAGAIN && errno != EWOULDBLOCK) return ErrnoError(errno, "sending " + RequestName(request));
+    if (errno != EAGAIN && errno != EWOULDBLOCK) return ErrnoError(errno, "sending " + what);
     if (deadline.Expired() || PollOne(fd_.get(), POLLOUT, deadline) == 0) {
-      return Error(absl::StatusCode::kDeadlineExceeded, "sending {}: the peer does not read",
-                   RequestName(request));
+      return Error(absl::StatusCode::kDeadlineExceeded, "sending {}: the peer does not read", what);
     }
   }
   return absl::OkStatus();

@@ -30,11 +30,16 @@ class Connection {
   absl::Status Send(uint32_t request, uint32_t flags, std::span<const uint8_t> payload,
                     std::span<const int> fds, Deadline deadline);
 
+  // Bytes of several whole messages without descriptors, with one call where the socket takes them.
+  absl::Status SendRaw(std::span<const uint8_t> bytes, Deadline deadline);
+
   // The next message; `reply` says which flags a header must have. Unavailable "closed": the peer hung up
   // between messages. DataLoss: it hung up within one. InvalidArgument: malformed header. DeadlineExceeded.
   absl::StatusOr<WireMessage> Receive(bool reply, Deadline deadline);
 
  private:
+  absl::Status SendBytes(std::span<const uint8_t> bytes, std::span<const int> fds, const std::string& what,
+                         Deadline deadline);
   absl::Status ReadFull(uint8_t* out, size_t size, std::vector<UniqueFd>* fds, Deadline deadline);
   UniqueFd fd_;
 };

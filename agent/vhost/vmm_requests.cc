@@ -312,6 +312,7 @@ absl::Status Mediator::Impl::OnGetVringBase(const WireMessage& m) {
   VringRecord& vring = record_.vrings[state.index];
   uint32_t told = vring.told.value_or(vring.base.value_or(0));
   if (vring.started) {
+    if (Armed() && !std::exchange(stop_.begun, true)) StopAllRings();
     vring.started = false;
     told = StopVring(state.index);
     vring.told = told;
@@ -343,7 +344,7 @@ absl::Status Mediator::Impl::OnNotifier(WireMessage& m, absl::Status* refused) {
       // What the back-end refuses here leaves the ring stopped, like a SET_VRING_KICK that it refused
       // directly.
       absl::Status started = StartVring(index);
-      if (absl::IsFailedPrecondition(started) && ReasonOf(started) == v1::INFLIGHT_UNKNOWN) {
+      if (absl::IsFailedPrecondition(started) && (ReasonOf(started) == v1::INFLIGHT_UNKNOWN || fenced_)) {
         Hold(started);
         return absl::OkStatus();
       }
@@ -372,6 +373,9 @@ absl::Status Mediator::Impl::OnVringEnable(const WireMessage& m, absl::Status* r
   RETURN_IF_ERROR(CheckIndex(m, state.index));
   record_.vrings[state.index].enabled = state.num != 0;
   if (!Ready()) return absl::OkStatus();
+  // QEMU disables its rings just before it stops them. With handoff nothing is waited for, and rings that
+  // must drain after all have to be enabled for it.
+  if (state.num == 0 && HandoffWanted()) return absl::OkStatus();
   auto applied = link_.vrings.find(state.index);
   if (state.num == 0 && applied != link_.vrings.end() && applied->second.running && RunsEmpty() &&
       !record_.packed()) {
@@ -439,6 +443,7 @@ absl::Status Mediator::Impl::OnResetDevice(absl::Status* refused) {
   }
   record_.status.reset();
   memo_->ForgetRings();
+  taken_over_.clear();
   if (!Ready()) {
     for (auto& [index, applied] : link_.vrings) applied.must_stop = applied.running;
     return absl::OkStatus();

@@ -48,6 +48,8 @@ constexpr RequestInfo kRequests[] = {
      pf::kConfigureMemSlots},
     {Request::kSetStatus, "SET_STATUS", 8, 8, FdRule::kNone, ReplyRule::kAck, pf::kStatus},
     {Request::kGetStatus, "GET_STATUS", 0, 0, FdRule::kNone, ReplyRule::kNative, pf::kStatus},
+    {Request::kGetVringBaseSkipDrain, "GET_VRING_BASE_SKIP_DRAIN", 8, 8, FdRule::kNone, ReplyRule::kNative,
+     pf::kSkipDrain},
 };
 
 // Names of requests that are refused, so that the log says what the peer wanted.
@@ -69,7 +71,6 @@ constexpr KnownName kRefused[] = {
     {42, "SET_DEVICE_STATE_FD"},
     {43, "CHECK_DEVICE_STATE"},
     {44, "GET_SHMEM_CONFIG"},
-    {45, "GET_VRING_BASE_SKIP_DRAIN"},
 };
 
 template <typename... Args>
@@ -199,6 +200,7 @@ absl::Status CheckContent(const WireMessage& m) {
     case Request::kSetVringBase:
       return CheckVringIndex(m, m.As<VringState>().index);
     case Request::kGetVringBase:
+    case Request::kGetVringBaseSkipDrain:
       return CheckVringIndex(m, m.As<VringState>().index);
     case Request::kSetVringEnable: {
       auto state = m.As<VringState>();

@@ -55,6 +55,7 @@ enum class Request : uint32_t {
   kRemMemReg = 38,
   kSetStatus = 39,
   kGetStatus = 40,
+  kGetVringBaseSkipDrain = 45,
 };
 
 // Requests of the back-end, on the channel of SET_BACKEND_REQ_FD.
@@ -78,6 +79,10 @@ constexpr uint64_t kInflightShmfd = 1u << 12;
 constexpr uint64_t kResetDevice = 1u << 13;
 constexpr uint64_t kConfigureMemSlots = 1u << 15;
 constexpr uint64_t kStatus = 1u << 16;
+// GET_VRING_BASE stops without completing what is in flight, always. rust-vmm before 2026-03 has SHMEM here.
+constexpr uint64_t kGetVringBaseInflight = 1u << 20;
+// GET_VRING_BASE_SKIP_DRAIN does, and GET_VRING_BASE completes.
+constexpr uint64_t kSkipDrain = 1u << 23;
 }  // namespace pf
 
 inline constexpr uint32_t kVersion = 1;

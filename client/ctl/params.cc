@@ -15,6 +15,38 @@ absl::Status SetDuration(const std::string& option, const std::string& text,
   return absl::OkStatus();
 }
 
+// "handoff", "disk0=drain", "class:net=drain".
+absl::Status SetInflight(const std::vector<std::string>& answers, v1::MigrationParams* params) {
+  for (const std::string& text : answers) {
+    const size_t equals = text.rfind('=');
+    const std::string subject = equals == std::string::npos ? "" : text.substr(0, equals);
+    const std::string word = equals == std::string::npos ? text : text.substr(equals + 1);
+    if (word != "drain" && word != "handoff") {
+      return Error(absl::StatusCode::kInvalidArgument, "--inflight {}: \"{}\" is neither drain nor handoff",
+                   text, word);
+    }
+    const v1::InflightAnswer answer = word == "drain" ? v1::DRAIN : v1::HANDOFF;
+    if (equals == std::string::npos) {
+      params->set_inflight(answer);
+      continue;
+    }
+    v1::InflightRule* rule = params->add_inflight_rules();
+    rule->set_answer(answer);
+    if (subject == "class:blk") {
+      rule->set_class_(v1::BLK);
+    } else if (subject == "class:net") {
+      rule->set_class_(v1::NET);
+    } else if (subject.empty() || subject.rfind("class:", 0) == 0) {
+      return Error(absl::StatusCode::kInvalidArgument,
+                   "--inflight {}: \"{}\" is neither a device's name nor class:blk or class:net", text,
+                   subject);
+    } else {
+      rule->set_device(subject);
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 std::shared_ptr<ParamOptions> AddParamOptions(CLI::App* command) {
@@ -31,6 +63,14 @@ std::shared_ptr<ParamOptions> AddParamOptions(CLI::App* command) {
   text("--on-stall", &o->on_stall, "When rounds bring no progress: abort, raise-downtime or switchover",
        "ANSWER")
       ->check(CLI::IsMember({"abort", "raise-downtime", "switchover"}));
+  command
+      ->add_option("--inflight", o->inflight,
+                   "Requests in flight when the devices stop: drain or handoff; NAME=ANSWER for one device, "
+                   "class:blk=ANSWER for a class. May be repeated")
+      ->option_text("[NAME=]ANSWER")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->group(group);
   command
       ->add_option("--max-stalled-rounds", o->max_stalled_rounds, "Rounds without progress before that (5)")
       ->option_text("N")
@@ -95,6 +135,9 @@ absl::StatusOr<v1::MigrationParams> BuildParams(const ParamOptions& o, std::vect
                                                          : v1::ON_STALL_SWITCHOVER);
     given("on_stall");
   }
+  RETURN_IF_ERROR(SetInflight(o.inflight, &params));
+  if (params.inflight() != v1::INFLIGHT_ANSWER_UNSPECIFIED) given("inflight");
+  if (!params.inflight_rules().empty()) given("inflight_rules");
   if (o.max_stalled_rounds) {
     params.set_max_stalled_rounds(*o.max_stalled_rounds);
     given("max_stalled_rounds");

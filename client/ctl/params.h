@@ -19,6 +19,7 @@ namespace baton::client {
 // As given on the command line; empty: not given.
 struct ParamOptions {
   std::string max_downtime, max_duration, bandwidth, drain_timeout, on_stall;
+  std::vector<std::string> inflight;
   std::optional<uint32_t> channels;
   std::optional<uint32_t> max_stalled_rounds;
   bool tls = false;

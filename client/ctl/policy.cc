@@ -10,7 +10,7 @@ namespace baton::client {
 namespace {
 
 struct SetOptions {
-  std::string name, engine, inflight, format;
+  std::string name, engine, format;
   std::shared_ptr<ParamOptions> params;
   std::optional<bool> observe_only;
 };
@@ -27,10 +27,6 @@ absl::StatusOr<v1::Policy> SetPolicy(Client* client, const SetOptions& o) {
                       : o.engine == "vmm" ? v1::ENGINE_VMM
                                           : v1::ENGINE_AUTO);
     request.mutable_update_mask()->add_paths("engine");
-  }
-  if (!o.inflight.empty()) {
-    policy.set_inflight(o.inflight == "handoff" ? v1::HANDOFF : v1::DRAIN);
-    request.mutable_update_mask()->add_paths("inflight");
   }
   if (o.observe_only) {
     policy.set_observe_only(*o.observe_only);
@@ -82,9 +78,6 @@ void AddSet(CLI::App* group, Context* context) {
   command->add_option("--engine", o->engine, "Who moves memory: auto, agent or vmm")
       ->check(CLI::IsMember({"auto", "agent", "vmm"}))
       ->option_text("ENGINE");
-  command->add_option("--inflight", o->inflight, "Requests in flight when a device stops: drain or handoff")
-      ->check(CLI::IsMember({"drain", "handoff"}))
-      ->option_text("ANSWER");
   command->add_option("--observe-only", o->observe_only, "Log decisions without acting: true or false")
       ->option_text("BOOL");
   AddFormatOption(command, &o->format);

@@ -222,6 +222,16 @@ std::string DecisionsSection(const v1::Migration& m) {
   return table.Render();
 }
 
+std::string StopsSection(const v1::Progress& p) {
+  if (p.device_stops_size() == 0) return "";
+  HtmlTable table({"Device", "Requests in flight", "Stopped within", "Handed off", "Why it drained"});
+  for (const auto& stop : p.device_stops()) {
+    table.AddRow({stop.device(), stop.answer() == v1::HANDOFF ? "handed off" : "drained",
+                  FormatDuration(stop.duration()), std::to_string(stop.handed_off()), stop.why()});
+  }
+  return table.Render();
+}
+
 std::string FindingsSection(const v1::Migration& m) {
   if (m.findings_size() == 0) return "";
   HtmlTable table({"Severity", "Code", "Subject", "Found", "What to do"});
@@ -288,6 +298,7 @@ std::string RenderReport(const v1::Migration& m) {
 
   out += Section("Phases", PhaseBar(m));
   out += Section("Blackout", DowntimeSection(m));
+  out += Section("Devices", StopsSection(m.progress()));
   out += Section("Rounds", RoundsSection(m.progress()));
   out += Section("Bytes by kind", BytesSection(m.progress()));
   out += Section("Decisions", DecisionsSection(m));

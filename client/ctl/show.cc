@@ -78,6 +78,19 @@ std::string Indented(const std::string& text) {
   return out;
 }
 
+// "drain, class:net=handoff, disk0=drain", as the option --inflight takes it.
+std::string InflightOf(const v1::MigrationParams& params) {
+  auto word = [](v1::InflightAnswer answer) { return answer == v1::HANDOFF ? "handoff" : "drain"; };
+  std::string out = word(params.inflight());
+  for (const v1::InflightRule& rule : params.inflight_rules()) {
+    const std::string subject = !rule.device().empty()
+                                    ? rule.device()
+                                    : std::string("class:") + (rule.class_() == v1::BLK ? "blk" : "net");
+    out += Harmless(fmt::format(", {}={}", subject, word(rule.answer())));
+  }
+  return out;
+}
+
 std::string LimitsOf(const v1::MigrationParams& params) {
   Paragraph p;
   p.Add("max downtime", params.has_max_downtime() ? FormatDuration(params.max_downtime()) : "");
@@ -90,6 +103,7 @@ std::string LimitsOf(const v1::MigrationParams& params) {
   std::string stall = v1::OnStall_Name(params.on_stall());
   p.Add("on stall",
         params.on_stall() == v1::ON_STALL_UNSPECIFIED ? "" : stall.substr(sizeof("ON_STALL_") - 1));
+  p.Add("in flight", InflightOf(params));
   p.Add("TLS", params.tls() ? "yes" : "no");
   p.Add("free page hints", params.has_free_page_hints() && !params.free_page_hints() ? "no" : "yes");
   return p.Render();
@@ -387,6 +401,13 @@ std::string DescribeMigration(const v1::Migration& m) {
     times.Add("devices", d.has_device() ? FormatDuration(d.device()) : "");
     times.Add("network", d.has_network() ? FormatDuration(d.network()) : "");
     times.Add("drain", progress.has_drain() ? FormatDuration(progress.drain()) : "");
+    for (const v1::DeviceStop& stop : progress.device_stops()) {
+      times.Add("  " + Harmless(stop.device()),
+                FormatDuration(stop.duration()) +
+                    (stop.answer() == v1::HANDOFF ? fmt::format(", {} requests handed off", stop.handed_off())
+                                                  : std::string(", drained")) +
+                    (stop.why().empty() ? "" : " (" + Harmless(stop.why()) + ")"));
+    }
     for (const auto& part : d.parts()) times.Add("  " + part.name(), FormatDuration(part.duration()));
     out += "Downtimes:\n" + Indented(times.Render());
   }
@@ -397,7 +418,6 @@ std::string DescribePolicy(const v1::Policy& policy) {
   Paragraph p;
   p.Add("Name", policy.name());
   p.Add("Engine", v1::Engine_Name(policy.engine()).substr(sizeof("ENGINE_") - 1));
-  p.Add("In flight", policy.inflight() == v1::HANDOFF ? "handoff" : "drain");
   p.Add("Observe only", policy.observe_only() ? "yes" : "no");
   p.Add("Created", policy.has_create_time() ? FormatTime(policy.create_time()) : "");
   p.Add("Updated", policy.has_update_time() ? FormatTime(policy.update_time()) : "");

@@ -27,12 +27,12 @@ absl::StatusOr<v1::Migration> Controller::Plan(const v1::Migration& wanted) {
     }
   }
   ASSIGN_OR_RETURN(v1::Policy policy, policies_.Get(policy_id));
-  if (!policy.schedule().empty() || policy.engine() == v1::ENGINE_VMM || policy.inflight() == v1::HANDOFF) {
-    return Error(absl::StatusCode::kUnimplemented,
-                 "policies/{}: schedules, the VMM engine and the handoff of in-flight requests are kept but "
-                 "not carried "
-                 "out by this version; use on_stall, the agent engine and drain",
-                 policy_id);
+  if (!policy.schedule().empty() || policy.engine() == v1::ENGINE_VMM) {
+    return Error(
+        absl::StatusCode::kUnimplemented,
+        "policies/{}: schedules and the VMM engine are kept but not carried out by this version; use "
+        "on_stall and the agent engine",
+        policy_id);
   }
   ASSIGN_OR_RETURN(v1::Vm known, fleet_.GetVm(vm));
   ASSIGN_OR_RETURN(v1::Host host, fleet_.GetHost(destination));

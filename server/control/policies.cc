@@ -5,6 +5,8 @@
 #include <google/protobuf/util/field_mask_util.h>
 #include <google/protobuf/util/time_util.h>
 
+#include <algorithm>
+
 #include "common/grpc_status.h"
 #include "server/names.h"
 #include "server/store/records.pb.h"
@@ -27,6 +29,10 @@ absl::Status Stale(const std::string& id) {
       Error(absl::StatusCode::kAborted,
             "policies/{} was changed by someone else; read it again, then repeat the change", id),
       "policies", "policies/" + id);
+}
+
+bool SameSubject(const v1::InflightRule& a, const v1::InflightRule& b) {
+  return a.device() == b.device() && a.class_() == b.class_();
 }
 
 }  // namespace
@@ -62,6 +68,16 @@ v1::MigrationParams MergeParams(const v1::MigrationParams& policy, const v1::Mig
     if (from->has_max_duration()) *out.mutable_max_duration() = from->max_duration();
     if (from->has_drain_timeout()) *out.mutable_drain_timeout() = from->drain_timeout();
   }
+  // A caller who says what happens to requests in flight means all devices but those that he names.
+  out.clear_inflight_rules();
+  if (own.inflight() == v1::INFLIGHT_ANSWER_UNSPECIFIED) {
+    for (const v1::InflightRule& rule : policy.inflight_rules()) {
+      if (std::none_of(own.inflight_rules().begin(), own.inflight_rules().end(),
+                       [&](const v1::InflightRule& mine) { return SameSubject(mine, rule); }))
+        *out.add_inflight_rules() = rule;
+    }
+  }
+  for (const v1::InflightRule& rule : own.inflight_rules()) *out.add_inflight_rules() = rule;
   return out;
 }
 
@@ -89,6 +105,20 @@ absl::Status ValidateParams(const v1::MigrationParams& params, const std::string
     problem("bandwidth", "at least 64 KiB a second");
   if (params.max_stalled_rounds() > 1000) problem("max_stalled_rounds", "at most 1000");
   if (!v1::OnStall_IsValid(params.on_stall())) problem("on_stall", "is not known to this version");
+  if (!v1::InflightAnswer_IsValid(params.inflight())) problem("inflight", "is not known to this version");
+  if (params.inflight_rules_size() > 64) problem("inflight_rules", "at most 64");
+  for (int i = 0; i < params.inflight_rules_size(); ++i) {
+    const v1::InflightRule& rule = params.inflight_rules(i);
+    const std::string field = fmt::format("inflight_rules[{}]", i);
+    if (rule.device().empty() == (rule.class_() == v1::DEVICE_CLASS_UNSPECIFIED))
+      problem(field, "names either a device or a class");
+    if (rule.answer() != v1::DRAIN && rule.answer() != v1::HANDOFF)
+      problem(field, "answers drain or handoff");
+    if (!v1::DeviceClass_IsValid(rule.class_())) problem(field, "its class is not known to this version");
+    for (int k = 0; k < i; ++k) {
+      if (SameSubject(params.inflight_rules(k), rule)) problem(field, fmt::format("repeats rule {}", k));
+    }
+  }
   return status;
 }
 
@@ -173,8 +203,7 @@ absl::StatusOr<v1::Policy> Policies::Update(const v1::UpdatePolicyRequest& reque
   // Without a mask everything that a caller may set is replaced.
   if (mask.paths().empty() || (mask.paths_size() == 1 && mask.paths(0) == "*")) {
     mask.Clear();
-    for (const char* path : {"params", "engine", "inflight", "schedule", "observe_only"})
-      mask.add_paths(path);
+    for (const char* path : {"params", "engine", "schedule", "observe_only"}) mask.add_paths(path);
   }
   for (const std::string& path : mask.paths()) {
     if (!FieldMaskUtil::IsValidPath<v1::Policy>(path)) {

@@ -5,6 +5,9 @@
   memory    4 GiB of incompressible shared memory over plaintext loopback: Baton, a raw loop, QEMU
   idle      what a shim costs while its guest works
   order     completions put back into order (IN_ORDER, window of 256, one core) beside a plain walk over an array
+  handoff   the blackout of a guest with 32 requests in flight on a disk that takes a second for each: handed off, drained,
+            with an idle disk, and moved by QEMU itself
+  stop      Baton's own time to stop a device of 64 queues with 256 requests in flight each, and to collect them
 """
 import argparse
 import json
@@ -18,7 +21,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 # pylint: disable=wrong-import-position
 from batonlab.cluster import Cluster, seconds, summary  # noqa: E402
-from batonlab.lab import Lab, LabError  # noqa: E402
+from batonlab.lab import Lab, LabError, wait_until  # noqa: E402
 from qemu_pair import DirectGuest, QemuPair  # noqa: E402
 
 CMDLINE = "lab.pages=4096 lab.dirty=1500"
@@ -49,14 +52,14 @@ class QemuGuest:
     migration that QEMU calls completed. Such a run counts as lost, and a fresh guest takes its place; the figures are of
     the runs that QEMU did well."""
 
-    def __init__(self, cluster):
-        self.cluster, self.migrations, self.lost = cluster, 0, 0
+    def __init__(self, cluster, cmdline=CMDLINE):
+        self.cluster, self.migrations, self.lost, self.cmdline = cluster, 0, 0, cmdline
         self.start()
 
     def start(self):
         self.pair = QemuPair(self.cluster.lab, [agent.storage.second_socket for agent in self.cluster.agents.values()],
                              os.path.join(self.cluster.guest_dir, "vmlinuz"),
-                             os.path.join(self.cluster.guest_dir, "initrd.gz"))
+                             os.path.join(self.cluster.guest_dir, "initrd.gz"), cmdline=self.cmdline)
         self.guest = DirectGuest(self.cluster, self.pair)
         self.guest.wait_ready()
         self.guest.wait_writes(1)
@@ -179,6 +182,85 @@ def idle(lab, runs):
             ("idle shim, CPU seconds during them (at most 0.01)", (after["ticks"] - before["ticks"]) / 100)]
 
 
+def handoff(lab, runs):
+    """Three ways of moving the same guest, and QEMU's, one after the other in each run."""
+    cmdline = "lab.pages=512 lab.dirty=200 lab.blocks=2048 lab.writers=32"
+    slow, ways = {"latency_us": 1000000}, ("handoff", "drain", "idle")
+    figures = {name: {"inside": [], "reported": []} for name in (*ways, "qemu")}
+
+    def latency(**settings):
+        for agent in cluster.agents.values():
+            agent.storage.set(**settings)
+
+    def stop_of(guest):
+        """Milliseconds that the machine stood still, by its own account."""
+        return wait_until(lambda: int(guest.status()["stop_us"]) / 1000, "the guest to notice its stop", 30, pause=0.2)
+
+    def note(name, inside, reported):
+        figures[name]["inside"].append(inside)
+        figures[name]["reported"].append(reported)
+
+    with Cluster(lab, second_disk=True, lab_storage=[]) as cluster:
+        guest = cluster.start_guest("a", cmdline=cmdline)
+        other = QemuGuest(cluster, cmdline)
+        for _ in range(min(runs, 5)):
+            other.freeze()
+            for way in ways:
+                latency(latency_us=0)
+                if way == "idle":
+                    guest.verify(go_on=False)
+                else:
+                    latency(**slow)
+                    guest.wait_writes(32)
+                guest.reset()
+                answer = "handoff" if way == "idle" else way
+                record = cluster.migrate("b" if cluster.host_of() == "a" else "a",
+                                         options=("--inflight", answer, "--drain-timeout", "20s"))
+                if record["phase"] != "SUCCEEDED":
+                    raise LabError(summary(record))
+                moved = int(record["progress"].get("inflight_handed_off", 0))
+                if (way == "handoff") != (moved >= 24):
+                    raise LabError(f"{way}: {moved} requests handed off: {record['progress'].get('device_stops')}")
+                note(way, stop_of(guest), seconds(record["progress"]["downtimes"]["vcpu"]) * 1000)
+            guest.go()
+            vmm = cluster.lab.find("qemu-system", host=cluster.host_of())[0]
+            vmm.kill(signal.SIGSTOP)
+            other.pair.process.send_signal(signal.SIGCONT)
+            latency(**slow)
+            other.guest.wait_writes(32)
+            other.guest.reset()
+            result = other.pair.migrate()
+            note("qemu", stop_of(other.guest), float(result.get("downtime", 0)))
+            vmm.kill(signal.SIGCONT)
+        other.freeze()
+        latency(latency_us=0)
+        _, sentence = guest.verify()
+        other.pair.stop()
+    say("32 requests in flight, each for a second")
+    for name, measured in figures.items():
+        row(f"{name}, machine stopped", measured["inside"])
+        row("  as reported", measured["reported"])
+    say(f"  Baton: {sentence}")
+
+    def ratio(a, b, where):
+        return statistics.median(figures[a][where]) / statistics.median(figures[b][where])
+    return [("handoff / drain, inside the guest (at most 0.05)", ratio("handoff", "drain", "inside")),
+            ("handoff / drain, as reported (at most 0.05)", ratio("handoff", "drain", "reported")),
+            ("handoff / idle disk, inside the guest (at most 2)", ratio("handoff", "idle", "inside")),
+            ("handoff / idle disk, as reported (at most 2)", ratio("handoff", "idle", "reported")),
+            ("handoff / QEMU 7.2, inside the guest", ratio("handoff", "qemu", "inside"))]
+
+
+def stop(lab, runs):
+    output = subprocess.run([lab.program("bench_stop"), "--json", "--runs", str(max(runs, 10))], check=True,
+                            stdout=subprocess.PIPE, text=True).stdout
+    *table, figures = output.strip().splitlines()
+    for line in table:
+        say("  " + line)
+    figures = json.loads(figures)
+    return [(f"stop and collect 64 x 256, {name}, ms (at most 1)", value) for name, value in figures.items()]
+
+
 def usage(pid):
     with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
         fields = stat.read().rsplit(")", 1)[1].split()
@@ -205,7 +287,8 @@ def order(lab, runs):
             ("IN_ORDER buffer / array walk, time (at most 2, or the above)", ratio)]
 
 
-BENCHMARKS = {"blackout": blackout, "memory": memory, "idle": idle, "order": order}
+BENCHMARKS = {"blackout": blackout, "memory": memory, "idle": idle, "order": order, "handoff": handoff,
+              "stop": stop}
 
 
 def main():

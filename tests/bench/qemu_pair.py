@@ -66,7 +66,8 @@ class QemuPair:
     """A guest at one of two QEMUs; migrate() moves it to the other. `sockets`: of the disk's back-end at each."""
 
     def __init__(self, lab, sockets, kernel=None, initrd=None, memory="256M", qemu="qemu-system-x86_64", extra=(),
-                 memory_files=None):
+                 memory_files=None, cmdline="lab.pages=4096 lab.dirty=1500"):
+        self.cmdline = cmdline
         self.lab, self.sockets, self.qemu, self.memory, self.extra = lab, sockets, qemu, memory, list(extra)
         self.kernel, self.initrd = kernel, initrd
         self.at = 0
@@ -86,7 +87,7 @@ class QemuPair:
                    "-serial", f"unix:{console},server=on,wait=off", "-qmp", f"unix:{control},server=on,wait=off"]
         if self.kernel:
             command += ["-kernel", self.kernel, "-initrd", self.initrd, "-append",
-                        "console=ttyS0 quiet panic=-1 lab.pages=4096 lab.dirty=1500",
+                        f"console=ttyS0 quiet panic=-1 {self.cmdline}",
                         "-device", "virtio-balloon-pci,free-page-reporting=on"]
         if self.sockets:
             command += ["-chardev", f"socket,id=c0,path={self.sockets[at]}",

@@ -25,6 +25,8 @@ class ClusterTest(unittest.TestCase):
     # QEMU of the specs, a key of QEMU.
     SPEC = {}
     STORAGE = "qemu-storage-daemon"
+    # Options of the lab device; None: a storage daemon serves the disk.
+    LAB_STORAGE = None
     # Guest options: enough memory traffic for several rounds, a disk that is never idle, and not so much of both that
     # the full check at the end of each case takes long.
     CMDLINE = "lab.pages=2048 lab.dirty=1500 lab.blocks=512"
@@ -54,7 +56,7 @@ class ClusterTest(unittest.TestCase):
             cls.lab = Lab(os.path.join("e2e", f"{cls.__name__}-{self._testMethodName}"), BIN)
             try:
                 cls.cluster = Cluster(cls.lab, secure=cls.SECURE, qemu=cls.QEMU, storage_program=cls.STORAGE,
-                                      small_disks=cls.SMALL_DISKS)
+                                      small_disks=cls.SMALL_DISKS, lab_storage=cls.LAB_STORAGE)
                 cls.cluster.__enter__()
             except BaseException:
                 cls.drop_cluster()

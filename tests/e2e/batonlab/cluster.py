@@ -36,6 +36,8 @@ def build_guest(lab):
 class StorageDaemon:
     """qemu-storage-daemon with one vhost-user-blk export of the shared image."""
 
+    kind = "qemu-storage-daemon"
+
     def __init__(self, cluster, host, program="qemu-storage-daemon"):
         self.cluster, self.host, self.program = cluster, host, program
         self.socket = os.path.join(cluster.lab.dir, f"{host}-disk0.sock")
@@ -60,6 +62,50 @@ class StorageDaemon:
     def kill(self):
         self.process.kill()
         self.process.wait()
+
+    def restart(self):
+        self.kill()
+        self.start()
+
+
+class LabStorage:
+    """baton-lab-device over the shared image: suspends without completing, and does as it is told. `options`: of its
+    command line; `second`: whether a plain storage daemon serves the second image beside it."""
+
+    kind = "lab"
+
+    def __init__(self, cluster, host, options=()):
+        self.cluster, self.host, self.options = cluster, host, list(options)
+        self.socket = os.path.join(cluster.lab.dir, f"{host}-disk0.sock")
+        self.second_socket = os.path.join(cluster.lab.dir, f"{host}-disk1.sock")
+        self.control = os.path.join(cluster.lab.dir, f"{host}-disk0.control")
+        self.processes = []
+
+    def start(self):
+        program = self.cluster.lab.program("baton-lab-device")
+        sockets = list(zip((self.socket, self.second_socket), self.cluster.images))
+        for number, (path, image) in enumerate(sockets):
+            words = [program, "--socket", path, "--image", image, *self.options]
+            if number == 0:
+                words += ["--control", self.control]
+            self.processes.append(self.cluster.lab.spawn(words, f"storage-{self.host}-{number}", host=self.host))
+        wait_until(lambda: all(os.path.exists(path) for path, _ in sockets), f"lab device {self.host}")
+
+    def set(self, **settings):
+        """Faults and latencies, from now on."""
+        command = json.dumps({"cmd": "set", **settings})
+        self.cluster.lab.run([self.cluster.lab.program("baton-lab-device"), "ctl", self.control, command])
+
+    def stats(self):
+        result = self.cluster.lab.run([self.cluster.lab.program("baton-lab-device"), "ctl", self.control,
+                                       json.dumps({"cmd": "stats"})])
+        return json.loads(result.stdout)
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.processes = []
 
     def restart(self):
         self.kill()
@@ -139,7 +185,10 @@ class Agent:
         self.memory_dir = os.path.join(lab.memory_dir, name)
         os.makedirs(self.dir)
         self.small_disk = SmallDisk(lab, self.state_dir) if cluster.small_disks else None
-        self.storage = StorageDaemon(cluster, name, cluster.storage_program)
+        if cluster.lab_storage is None:
+            self.storage = StorageDaemon(cluster, name, cluster.storage_program)
+        else:
+            self.storage = LabStorage(cluster, name, cluster.lab_storage)
         self.pause_file = os.path.join(self.dir, "pause-at")
         self.set_pause()
         other = "b" if name == "a" else "a"
@@ -154,7 +203,7 @@ class Agent:
             "qemu": cluster.qemu,
             "kvm": cluster.kvm,
             "shim": lab.program("baton-shim"),
-            "backends": {"disk0": {"socket": self.storage.socket, "kind": "qemu-storage-daemon"}},
+            "backends": {"disk0": {"socket": self.storage.socket, "kind": self.storage.kind}},
         }
         if network.secure:
             pem = cluster.authority.issue(f"agent-{name}", f"/CN=agent:{name}", network.all_addresses(name))
@@ -219,10 +268,12 @@ class Agent:
 
 class Cluster:
     """`with Cluster(lab) as cluster`: everything up, no guest yet. `secure`: namespaces and TLS instead of loopback;
-    `small_disks`: each host's state directory is a SmallDisk."""
+    `small_disks`: each host's state directory is a SmallDisk; `lab_storage`: options of the lab device, which then
+    serves the disks instead of qemu-storage-daemon."""
 
     def __init__(self, lab, secure=False, qemu=None, kvm=False, storage_program="qemu-storage-daemon",
-                 second_disk=False, small_disks=False):
+                 second_disk=False, small_disks=False, lab_storage=None):
+        self.lab_storage = lab_storage
         self.lab, self.kvm, self.storage_program, self.small_disks = lab, kvm, storage_program, small_disks
         self.qemu = qemu or {"default": {"path": "/usr/bin/qemu-system-x86_64"}}
         os.makedirs(lab.memory_dir, exist_ok=True)

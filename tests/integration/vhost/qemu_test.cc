@@ -151,7 +151,7 @@ TEST_F(QemuMediator, LogsStopsAndGoesOn) {
   EXPECT_EQ(state->vrings(0).last_avail(), state->vrings(0).used_idx());
   EXPECT_TRUE(vhost::VerifyAgainstMemory(*state, *a_.ram).ok());
   EXPECT_GT(state->layout_size(), 0);
-  std::printf("device stop: %.3f ms\n", static_cast<double>(a_.mediator->stop_duration().count()) / 1e6);
+  std::printf("device stop: %.3f ms\n", static_cast<double>(a_.mediator->stop().duration().nanos()) / 1e6);
 
   // Nothing may be written to memory from now on.
   ASSERT_TRUE(a_.mediator->HarvestLog(dirty).ok());

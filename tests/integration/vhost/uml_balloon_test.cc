@@ -150,7 +150,7 @@ class BalloonOnly final : public migration::DeviceSet {
     sources.push_back(mediator_->MakeDirtySource());
     return sources;
   }
-  absl::Status ArmStop(Duration) override { return absl::OkStatus(); }
+  absl::Status ArmStop(const migration::StopOrders&) override { return absl::OkStatus(); }
   absl::StatusOr<v1::DeviceStates> CollectStates(const memory::GuestRam&, Deadline) override {
     v1::DeviceStates states;
     for (const memory::GpaRange& range : ram_.layout()) {
@@ -163,6 +163,9 @@ class BalloonOnly final : public migration::DeviceSet {
     return states;
   }
   Duration stop_duration() const override { return Duration(0); }
+  std::vector<v1::DeviceStop> stops() const override { return {}; }
+  std::vector<std::string> TakesInflight() const override { return {}; }
+  std::vector<std::string> OrdersInflight() const override { return {}; }
   absl::Status DisarmStop() override { return absl::OkStatus(); }
   absl::Status ExpectStates(const v1::DeviceStates&) override { return absl::OkStatus(); }
   absl::Status VerifyAgainstMemory(const v1::DeviceStates&, const memory::GuestRam&) override {

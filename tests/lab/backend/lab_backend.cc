@@ -160,6 +160,7 @@ void LabBackend::Fetch(uint32_t index) {
       __atomic_store_n(&desc[head].inflight, uint8_t{1}, __ATOMIC_RELEASE);
     }
     ++q.last_avail;
+    ++fetched_;
     const uint32_t delay = options_.delay_us ? random_() % options_.delay_us : 0;
     q.flight.push_back({head, Clock::now() + std::chrono::microseconds(delay)});
   }
@@ -285,7 +286,9 @@ absl::Status LabBackend::Handle(vhost::WireMessage& m) {
                        ~options_.less_features);
     case Request::kGetProtocolFeatures:
       return reply_u64((pf::kMq | pf::kLogShmfd | pf::kReplyAck | pf::kConfig | pf::kConfigureMemSlots |
-                        (options_.inflight ? pf::kInflightShmfd : 0)) &
+                        (options_.inflight ? pf::kInflightShmfd : 0) |
+                        (options_.suspends ? pf::kSkipDrain : 0) |
+                        (options_.suspends_by_bit_20 ? pf::kGetVringBaseInflight : 0)) &
                        ~options_.less_protocol);
     case Request::kGetQueueNum:
       return reply_u64(options_.queues);
@@ -309,9 +312,16 @@ absl::Status LabBackend::Handle(vhost::WireMessage& m) {
       int raw = fd.get();
       return reply(vhost::Bytes(inflight_description_), {&raw, 1});
     }
+    case Request::kGetVringBaseSkipDrain:
     case Request::kGetVringBase: {
       auto state = m.As<vhost::VringState>();
       Queue& q = queues_[state.index];
+      if (request == Request::kGetVringBaseSkipDrain || (protocol_ & pf::kGetVringBaseInflight)) {
+        q.flight.clear();
+        q.running = false;
+        state.num = static_cast<uint16_t>(q.last_avail + options_.base_offset);
+        return reply(vhost::Bytes(state));
+      }
       if (options_.drains) {
         while (!q.flight.empty()) {
           auto r = q.flight.front();

@@ -3,6 +3,7 @@
 // descriptors.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -25,6 +26,11 @@ struct LabBackendOptions {
   std::string image;
   bool inflight = false;  // offers INFLIGHT_SHMFD
   bool drains = false;    // GET_VRING_BASE waits until nothing is in flight
+  // Offers GET_VRING_BASE_SKIP_DRAIN, or protocol bit 20 instead: stops without completing what it has, which
+  // stays in the region.
+  bool suspends = false, suspends_by_bit_20 = false;
+  // Added to the base that such a stop is answered with.
+  int32_t base_offset = 0;
   uint32_t delay_us = 0;  // each request takes up to so long, at random: completions come out of order
   uint32_t queues = 1;
   uint64_t less_features = 0;  // not offered
@@ -42,6 +48,8 @@ class LabBackend {
   static absl::StatusOr<std::unique_ptr<LabBackend>> Create(LabBackendOptions options);
   ~LabBackend();
   absl::Status Run(int stop_fd);
+  // Requests fetched so far. Any thread.
+  uint64_t fetched() const { return fetched_.load(std::memory_order_relaxed); }
 
   static constexpr uint32_t kConfigSize = 60;
 
@@ -92,6 +100,7 @@ class LabBackend {
   uint8_t* inflight_ = nullptr;
   vhost::InflightDescription inflight_description_{};
   std::mt19937 random_{1};
+  std::atomic<uint64_t> fetched_{0};
 };
 
 }  // namespace baton::lab

@@ -46,7 +46,7 @@
 namespace baton::lab {
 namespace {
 
-constexpr unsigned kMaxWriters = 16;
+constexpr unsigned kMaxWriters = 64;
 constexpr uint64_t kMillion = 1000000;
 
 uint64_t MonotonicMicros() {

@@ -54,6 +54,9 @@ backends:
   web1/disk0: {socket: /run/s/web1.sock}
   "*": {socket: "/run/s/{vm}-{device}.sock"}
 backend_hook: {command: [/usr/lib/hook, -v], timeout: 3s}
+fences:
+  "*": {command: [/usr/lib/fence, "--all"]}
+  web1/disk0: {command: [/usr/lib/fence], timeout: 2s}
 dirty_tracking: soft-dirty
 shim: /opt/baton-shim
 log: {level: debug, json: on}
@@ -65,6 +68,8 @@ log: {level: debug, json: on}
   EXPECT_EQ(config->qemu.at("10.0").env.at("QEMU_MODULE_DIR"), "/opt/lib");
   EXPECT_EQ(config->backends.at("disk0").recovery(), v1::RECOVERY_ORDERED);
   EXPECT_EQ(config->backend_hook->timeout, std::chrono::seconds(3));
+  EXPECT_EQ(config->fences.at("*").command, (std::vector<std::string>{"/usr/lib/fence", "--all"}));
+  EXPECT_EQ(config->fences.at("web1/disk0").timeout, std::chrono::seconds(2));
   EXPECT_TRUE(config->log_json);
   EXPECT_EQ(PathsOf(*config, "web1").control, "/r/vms/web1/shim.sock");
   EXPECT_EQ(PathsOf(*config, "web1").memory, "/m/web1.ram");
@@ -103,6 +108,10 @@ TEST(AgentConfig, WrongOnesNameLineAndField) {
               "c:5: backends.a/b/c: is not a device's name, nor vm/device, nor \"*\"");
   EXPECT_THAT(Problem(std::string(kSmall) + "backend_hook: {command: [hook]}\n"),
               "c:4: backend_hook.command: 'hook' is not an absolute path");
+  EXPECT_THAT(Problem(std::string(kSmall) + "fences: {disk0: {command: [hook]}}\n"),
+              HasSubstr("command: 'hook' is not an absolute path"));
+  EXPECT_THAT(Problem(std::string(kSmall) + "fences: {a/b/c: {command: [/h]}}\n"),
+              HasSubstr("nor vm/device"));
   EXPECT_THAT(Problem(std::string(kSmall) + "backend_hook: {command: [/h], timeout: 3}\n"),
               HasSubstr("c:4: backend_hook.timeout: '3' is not a duration"));
   EXPECT_THAT(Problem(std::string(kSmall) + "dirty_tracking: uffdd\n"), HasSubstr("did you mean 'uffd'?"));

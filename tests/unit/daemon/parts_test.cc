@@ -55,6 +55,13 @@ TEST(BackendResolver, MostSpecificEntryWins) {
   config.backends["disk0"].set_kind(v1::SPDK);
   EXPECT_EQ(resolver.Resolve("web1", Disk(), "", Soon())->backend().socket(), "/disk0");
   EXPECT_EQ(resolver.Resolve("web1", Disk(), "", Soon())->backend().kind(), v1::SPDK);
+  // The fence comes from the configuration only, the most specific one.
+  EXPECT_TRUE(resolver.Resolve("web1", Disk(), "", Soon())->fence().empty());
+  config.fences["*"] = FenceHook{{"/fence", "all"}};
+  EXPECT_EQ(resolver.Resolve("web1", Disk(), "", Soon())->fence(1), "all");
+  config.fences["web1/disk0"] = FenceHook{{"/fence", "web1"}, std::chrono::seconds(2)};
+  EXPECT_EQ(resolver.Resolve("web1", Disk(), "", Soon())->fence(1), "web1");
+  EXPECT_EQ(resolver.Resolve("web1", Disk(), "", Soon())->fence_timeout().seconds(), 2);
   config.backends["web1/disk0"].set_socket("/web1");
   EXPECT_EQ(resolver.Resolve("web1", Disk(), "", Soon())->backend().socket(), "/web1");
   EXPECT_EQ(resolver.Resolve("web2", Disk(), "", Soon())->backend().socket(), "/disk0");

@@ -202,6 +202,31 @@ TEST_F(EngineTest, MovesARunningGuest) {
   EXPECT_EQ(phases, (std::vector<v1::Phase>{v1::PRECOPY, v1::SWITCHOVER, v1::FINISHING, v1::SUCCEEDED}));
 }
 
+// What the destination can take decides what the source may hand over, and how each device stopped is in the
+// report.
+TEST_F(EngineTest, TheDestinationSaysWhichDevicesTakeRequestsInFlight) {
+  Prepare("m1");
+  params_.set_inflight(v1::HANDOFF);
+  destination_->devices.takes_inflight_ = {"disk0"};
+  v1::DeviceStop stop;
+  stop.set_device("disk0");
+  stop.set_answer(v1::HANDOFF);
+  stop.set_handed_off(7);
+  source_->devices.stops_ = {stop};
+  StartDestination();
+  StartSource();
+  ASSERT_EQ(SourceEnd(), OutgoingMigration::Outcome::kReleased);
+  ASSERT_EQ(DestinationEnd(), IncomingMigration::Outcome::kOwner);
+  const StopOrders& orders = source_->devices.orders_;
+  EXPECT_EQ(orders.params.inflight(), v1::HANDOFF);
+  EXPECT_EQ(orders.takes_inflight, (std::set<std::string>{"disk0"}));
+  EXPECT_TRUE(orders.orders_inflight.empty());
+  const v1::Progress progress = out_->report().progress();
+  EXPECT_EQ(progress.inflight_handed_off(), 7u);
+  ASSERT_EQ(progress.device_stops_size(), 1);
+  EXPECT_EQ(progress.device_stops(0).device(), "disk0");
+}
+
 TEST_F(EngineTest, ThereIsNothingToCancelAfterTheEnd) {
   Prepare("m1");
   StartDestination();

@@ -307,7 +307,8 @@ class FakeDevices final : public DeviceSet {
     out.push_back(std::make_unique<Ring>(*this));
     return out;
   }
-  absl::Status ArmStop(Duration) override {
+  absl::Status ArmStop(const StopOrders& orders) override {
+    orders_ = orders;
     armed = true;
     return faults_.At("arm");
   }
@@ -325,6 +326,9 @@ class FakeDevices final : public DeviceSet {
     range->set_size(kPages * memory::kPageSize);
     return states;
   }
+  std::vector<v1::DeviceStop> stops() const override { return stops_; }
+  std::vector<std::string> TakesInflight() const override { return takes_inflight_; }
+  std::vector<std::string> OrdersInflight() const override { return {}; }
   Duration stop_duration() const override { return std::chrono::microseconds(100); }
   absl::Status DisarmStop() override {
     armed = false;
@@ -345,6 +349,9 @@ class FakeDevices final : public DeviceSet {
 
   std::atomic<bool> armed{false};
   memory::HintSource* hint_source = nullptr;
+  std::vector<v1::DeviceStop> stops_;
+  std::vector<std::string> takes_inflight_;
+  StopOrders orders_;  // the last
   // The back-end forgets to log its last write.
   std::atomic<bool> lose_page{false};
 

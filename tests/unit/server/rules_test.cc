@@ -136,6 +136,41 @@ TEST(Params, CallersOwnStandAboveThePolicys) {
   EXPECT_TRUE(ValidateParams(DefaultParams(), "").ok());
 }
 
+TEST(Params, AnswersToRequestsInFlight) {
+  auto rule = [](v1::MigrationParams* to, const std::string& device, v1::DeviceClass c,
+                 v1::InflightAnswer answer) {
+    v1::InflightRule* r = to->add_inflight_rules();
+    r->set_device(device);
+    r->set_class_(c);
+    r->set_answer(answer);
+  };
+  v1::MigrationParams policy, own;
+  policy.set_inflight(v1::HANDOFF);
+  rule(&policy, "disk0", v1::DEVICE_CLASS_UNSPECIFIED, v1::DRAIN);
+  rule(&policy, "", v1::BLK, v1::HANDOFF);
+  v1::MigrationParams merged = MergeParams(policy, own);
+  EXPECT_EQ(merged.inflight(), v1::HANDOFF);
+  ASSERT_EQ(merged.inflight_rules_size(), 2);
+  // A rule about the same replaces the policy's, the others stay.
+  rule(&own, "disk0", v1::DEVICE_CLASS_UNSPECIFIED, v1::HANDOFF);
+  merged = MergeParams(policy, own);
+  ASSERT_EQ(merged.inflight_rules_size(), 2);
+  EXPECT_EQ(merged.inflight_rules(0).class_(), v1::BLK);
+  EXPECT_EQ(merged.inflight_rules(1).answer(), v1::HANDOFF);
+  // A caller's default stands above everything the policy says.
+  own.clear_inflight_rules();
+  own.set_inflight(v1::DRAIN);
+  merged = MergeParams(policy, own);
+  EXPECT_EQ(merged.inflight(), v1::DRAIN);
+  EXPECT_EQ(merged.inflight_rules_size(), 0);
+  EXPECT_TRUE(ValidateParams(policy, "").ok());
+  rule(&policy, "disk0", v1::BLK, v1::DRAIN);                                         // both
+  rule(&policy, "", v1::DEVICE_CLASS_UNSPECIFIED, v1::DRAIN);                         // neither
+  rule(&policy, "x", v1::DEVICE_CLASS_UNSPECIFIED, v1::INFLIGHT_ANSWER_UNSPECIFIED);  // no answer
+  rule(&policy, "disk0", v1::DEVICE_CLASS_UNSPECIFIED, v1::DRAIN);                    // twice
+  EXPECT_EQ(BadRequestOf(ValidateParams(policy, "p.")).field_violations_size(), 4);
+}
+
 class ConfigTest : public ::testing::Test {
  protected:
   ConfigTest() {

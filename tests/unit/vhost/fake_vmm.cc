@@ -25,6 +25,14 @@ BackendThread::~BackendThread() {
   thread_.join();
 }
 
+bool BackendThread::AwaitFetched(uint64_t n) const {
+  for (Deadline deadline = Soon(); !deadline.Expired();) {
+    if (backend_->fetched() >= n) return true;
+    ::poll(nullptr, 0, 1);
+  }
+  return false;
+}
+
 FakeVmm::FakeVmm(const std::string& socket) {
   auto connection = Connection::Dial(socket, Soon());
   EXPECT_TRUE(connection.ok()) << connection.status();

@@ -23,6 +23,8 @@ class BackendThread {
  public:
   explicit BackendThread(lab::LabBackendOptions options);
   ~BackendThread();
+  // Waits until `n` requests have been fetched by it in all.
+  bool AwaitFetched(uint64_t n) const;
 
  private:
   std::unique_ptr<lab::LabBackend> backend_;
@@ -69,6 +71,8 @@ class FakeVmm {
   uint16_t UsedIndex() const;
   // Waits until used->idx is `index`.
   bool AwaitUsed(uint16_t index);
+  // A copy of another VMM's memory was put here, whose avail->idx that is.
+  void SetAvail(uint16_t avail) { avail_ = avail; }
   uint8_t* At(uint64_t gpa) { return memory_ + gpa; }
   int memory_fd() const { return memory_fd_.get(); }
 

@@ -1,0 +1,62 @@
+// What the mediator's in-flight region says of a ring: read, judged against the ring, and turned into where
+// the back-end is to begin.
+#include <sys/stat.h>
+
+#include <cerrno>
+
+#include "agent/vhost/mediator_impl.h"
+
+namespace baton::vhost {
+
+absl::StatusOr<virtio::InflightGeometry> Mediator::Impl::RegionGeometry() const {
+  const InflightDescription& d = record_.inflight.description;
+  struct stat st;
+  if (::fstat(record_.inflight.fd.get(), &st) != 0) return ErrnoError(errno, "in-flight region");
+  return virtio::CheckInflightGeometry(
+      record_.packed() ? virtio::RingFormat::kPacked : virtio::RingFormat::kSplit, d.mmap_size, d.mmap_offset,
+      d.num_queues, d.queue_size, static_cast<uint64_t>(st.st_size));
+}
+
+// By pread: a back-end that truncates the file must not be able to end this process.
+absl::StatusOr<std::vector<uint8_t>> Mediator::Impl::CopyRegion(uint64_t offset, uint64_t size) const {
+  std::vector<uint8_t> bytes(size);
+  for (size_t done = 0; done < size;) {
+    const ssize_t n = ::pread(record_.inflight.fd.get(), bytes.data() + done, size - done,
+                              static_cast<off_t>(record_.inflight.description.mmap_offset + offset + done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return ErrnoError(errno, "reading the in-flight region");
+    if (n == 0) {
+      return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+                   "the in-flight region was made shorter by its back-end");
+    }
+    done += static_cast<size_t>(n);
+  }
+  return bytes;
+}
+
+absl::StatusOr<virtio::InflightSet> Mediator::Impl::ReadSet(std::span<const uint8_t> part, uint32_t index,
+                                                            std::optional<uint32_t> base) const {
+  const virtio::InflightTraits& traits = virtio::TraitsOf(quirks_.inflight);
+  if (record_.packed()) {
+    ASSIGN_OR_RETURN(virtio::PackedRing ring, record_.Packed(index));
+    ASSIGN_OR_RETURN(virtio::InflightSet set, virtio::ReadInflightPacked(part, record_.memory, ring));
+    if (base) {
+      RETURN_IF_ERROR(virtio::NormaliseBase(*base, traits.packed_base_is_16_bit, ring.size, set).status());
+    }
+    RETURN_IF_ERROR(virtio::CheckInflightPacked(ring.size, set));
+    return set;
+  }
+  ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
+  ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(record_.memory, ring));
+  ASSIGN_OR_RETURN(virtio::InflightSet set,
+                   virtio::ReadInflightSplit(
+                       part, ring.size, indices.used,
+                       traits.single_completions ? virtio::BatchRule::kSingle : virtio::BatchRule::kLinked));
+  if (base) {
+    RETURN_IF_ERROR(virtio::NormaliseBase(*base, indices.used, static_cast<uint16_t>(set.size())).status());
+  }
+  RETURN_IF_ERROR(virtio::CheckInflightSplit(ring.size, indices, set));
+  return set;
+}
+
+}  // namespace baton::vhost
