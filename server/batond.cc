@@ -11,6 +11,7 @@
 #include "server/api/migrations_service.h"
 #include "server/api/policies_service.h"
 #include "server/control/controller.h"
+#include "server/control/device_events.h"
 #include "server/store/measured_store.h"
 #include "server/store/sqlite_store.h"
 
@@ -24,6 +25,7 @@ struct Batond::Parts {
   std::unique_ptr<Fleet> fleet;
   std::unique_ptr<Policies> policies;
   std::unique_ptr<Controller> controller;
+  std::unique_ptr<DeviceEvents> device_events;
   std::unique_ptr<AgentService> agents;
   std::unique_ptr<FleetService> fleet_api;
   std::unique_ptr<MigrationsService> migrations;
@@ -57,7 +59,10 @@ absl::Status OpenParts(const ServerConfig& config, Batond*, auto& parts) {
                                                   parts.metrics, options);
   RETURN_IF_ERROR(parts.fleet->Load());
   RETURN_IF_ERROR(parts.policies->Load());
-  return parts.controller->Load();
+  RETURN_IF_ERROR(parts.controller->Load());
+  parts.device_events = std::make_unique<DeviceEvents>(parts.loop, *parts.store, *parts.fleet,
+                                                       *parts.policies, *parts.controller, parts.metrics);
+  return parts.device_events->Load();
 }
 
 absl::Status Listen(const ServerConfig& config, auto& parts) {

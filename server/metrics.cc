@@ -54,7 +54,15 @@ ServerMetrics::ServerMetrics()
       api_calls_(prometheus::BuildCounter()
                      .Name("baton_api_calls_total")
                      .Help("Calls of the API by method and canonical code")
-                     .Register(*registry_)) {
+                     .Register(*registry_)),
+      device_events_(prometheus::BuildCounter()
+                         .Name("baton_device_events_total")
+                         .Help("Errors that back-ends told of their devices, by kind")
+                         .Register(*registry_)),
+      device_event_answers_(prometheus::BuildCounter()
+                                .Name("baton_device_event_answers_total")
+                                .Help("What was done about device events, by the policy or the lack of one")
+                                .Register(*registry_)) {
   auto& r = *registry_;
   hosts_connected = &Gauge(r, "baton_hosts_connected", "Hosts whose agent has a session");
   hosts_known = &Gauge(r, "baton_hosts_known",
@@ -127,6 +135,15 @@ void ServerMetrics::SetActive(const std::map<v1::Phase, int>& by_phase) {
     auto found = by_phase.find(phase);
     active_.Add({{"phase", LabelOf(phase)}}).Set(found == by_phase.end() ? 0 : found->second);
   }
+}
+
+void ServerMetrics::DeviceEvents(v1::DeviceEvent::Kind kind, uint64_t count) {
+  device_events_.Add({{"kind", kind == v1::DeviceEvent::QUEUE_ERROR ? "queue_error" : "unknown"}})
+      .Increment(static_cast<double>(count));
+}
+
+void ServerMetrics::DeviceEventAnswer(const std::string& answer) {
+  device_event_answers_.Add({{"answer", answer}}).Increment();
 }
 
 void ServerMetrics::ApiCall(const std::string& method, int code) {

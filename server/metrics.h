@@ -11,6 +11,7 @@
 #include <memory>
 #include <string>
 
+#include "baton/v1/fleet.pb.h"
 #include "baton/v1/migrations.pb.h"
 
 namespace baton::server {
@@ -26,6 +27,9 @@ class ServerMetrics {
   void MigrationStarted(const v1::Migration& migration);
   // How many records are in each phase that is not final.
   void SetActive(const std::map<v1::Phase, int>& by_phase);
+  // Events of devices, and what was done about one (docs/batond.md lists the answers).
+  void DeviceEvents(v1::DeviceEvent::Kind kind, uint64_t count);
+  void DeviceEventAnswer(const std::string& answer);
   // A call of the API that failed, by canonical code.
   void ApiCall(const std::string& method, int code);
 
@@ -50,6 +54,8 @@ class ServerMetrics {
   prometheus::Family<prometheus::Histogram>& downtime_;
   prometheus::Family<prometheus::Counter>& bytes_;
   prometheus::Family<prometheus::Counter>& api_calls_;
+  prometheus::Family<prometheus::Counter>& device_events_;
+  prometheus::Family<prometheus::Counter>& device_event_answers_;
   prometheus::Histogram* rounds_;
   prometheus::Histogram* duration_;
   prometheus::Histogram* drain_;

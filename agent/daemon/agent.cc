@@ -191,6 +191,10 @@ absl::Status Agent::Run(const v1::Command& command, Deadline deadline, v1::Comma
                        vms_->PrepareIncoming(command.prepare_incoming(), deadline));
       return absl::OkStatus();
     }
+    case v1::Command::kSwapDevice: {
+      ASSIGN_OR_RETURN(*result->mutable_swapped(), vms_->SwapDevice(command.swap_device(), deadline));
+      return absl::OkStatus();
+    }
     case v1::Command::kAbortIncoming:
       return vms_->AbortIncoming(command.abort_incoming(), deadline);
     case v1::Command::kStartOutgoing:

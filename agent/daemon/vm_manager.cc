@@ -334,6 +334,34 @@ absl::Status VmManager::StartOutgoing(const v1::StartOutgoingCommand& command, D
   return Forward(command.vm(), request, deadline);
 }
 
+absl::StatusOr<v1::DeviceSwapped> VmManager::SwapDevice(const v1::SwapDeviceCommand& command,
+                                                        Deadline deadline) {
+  ASSIGN_OR_RETURN(Locked locked, Lock(command.vm(), false, deadline));
+  const EntryPtr& entry = locked.entry;
+  if (std::vector<v1::SideReport> open = parts_.reports.OpenOf(command.vm()); !open.empty())
+    return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
+                 "VM {} is in migration {}; swap its devices after that", command.vm(),
+                 open[0].migration_id());
+  const v1::ShimConfig before = entry->conf();
+  v1::ShimRequest request;
+  *request.mutable_swap_device() = command;
+  auto reply = entry->Call(request, deadline);
+  // Also after an error: the answer may be lost, or the new back-end may have failed after the switch.
+  if (auto conf = parts_.store.Read(command.vm()); conf.ok()) {
+    entry->set_conf(*conf);
+    for (const v1::ResolvedDevice& old : before.devices()) {
+      for (const v1::ResolvedDevice& now : conf->devices()) {
+        if (old.name() == now.name() && old.backend().socket() != now.backend().socket())
+          parts_.backends.Release(command.vm(), old, before.migration_id());
+      }
+    }
+  } else {
+    LOG_WARN("VM {}: {}", command.vm(), Message(conf.status()));
+  }
+  if (!reply.ok()) return reply.status();
+  return reply->swapped();
+}
+
 absl::Status VmManager::Forward(const std::string& vm, const v1::ShimRequest& request, Deadline deadline) {
   EntryPtr entry = Find(vm);
   if (entry == nullptr)

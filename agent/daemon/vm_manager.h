@@ -63,6 +63,9 @@ class VmManager {
   absl::StatusOr<v1::Prepared> PrepareIncoming(const v1::PrepareIncomingCommand& command, Deadline deadline);
   absl::Status AbortIncoming(const v1::AbortIncomingCommand& command, Deadline deadline);
   absl::Status StartOutgoing(const v1::StartOutgoingCommand& command, Deadline deadline);
+  // Passed on to the shim; what a hook made for the back-end before is taken away, and the configuration as
+  // the shim wrote it is taken over.
+  absl::StatusOr<v1::DeviceSwapped> SwapDevice(const v1::SwapDeviceCommand& command, Deadline deadline);
   // Cancel, retune and resolve: passed on to the shim of `vm`.
   absl::Status Forward(const std::string& vm, const v1::ShimRequest& request, Deadline deadline);
 

@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "agent/shim/device_swap.h"
 #include "agent/shim/inspection.h"
 #include "common/log.h"
 #include "common/pause_point.h"
@@ -370,6 +371,8 @@ void Shim::OnRequest(v1::ShimRequest request, UniqueFd fd, Respond respond) {
       return answer(migrations_->Resolve(request.resolve()));
     case v1::ShimRequest::kAcceptChannel:
       return answer(migrations_->AcceptChannel(request.accept_channel(), std::move(fd)));
+    case v1::ShimRequest::kSwapDevice:
+      return SwapDevice(request.swap_device(), std::move(respond));
     case v1::ShimRequest::kAbortIncoming:
       return AbortIncoming(request.abort_incoming(), std::move(respond));
     case v1::ShimRequest::kReportAck:
@@ -441,6 +444,28 @@ void Shim::Stop(const v1::StopVmCommand& command, Respond respond) {
     loop_->Post([this] { Exit(0); });
   };
   absl::Status status = StartTask("stopping the VM", std::move(work), std::move(done));
+  if (!status.ok()) respond(status);
+}
+
+void Shim::SwapDevice(const v1::SwapDeviceCommand& command, Respond respond) {
+  if (migrations_->busy()) {
+    return respond(Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
+                         "the VM is in migration {}; swap its devices after that", migrations_->active()));
+  }
+  if (vm_->state() != v1::Vm::RUNNING) {
+    return respond(Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
+                         "the VM is {}; devices of running VMs are swapped",
+                         v1::Vm::State_Name(vm_->state())));
+  }
+  auto result = std::make_shared<absl::StatusOr<v1::DeviceSwapped>>(absl::UnknownError(""));
+  auto work = [this, result, command] { *result = shim::SwapDevice(*vm_, command); };
+  auto done = [result, respond] {
+    if (!result->ok()) return respond(result->status());
+    v1::ShimReply reply;
+    *reply.mutable_swapped() = *std::move(*result);
+    respond(std::move(reply));
+  };
+  absl::Status status = StartTask("swapping a back-end", std::move(work), std::move(done));
   if (!status.ok()) respond(status);
 }
 

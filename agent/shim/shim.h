@@ -46,6 +46,7 @@ class Shim {
   void Inspect(const v1::InspectVmCommand& command, Respond respond);
   void Stop(const v1::StopVmCommand& command, Respond respond);
   void Retire(Respond respond);
+  void SwapDevice(const v1::SwapDeviceCommand& command, Respond respond);
   void AbortIncoming(const v1::AbortIncomingCommand& command, Respond respond);
   void OnMigrationEnd(const std::string& migration_id);
   // After the VMM of an earlier shim was taken over: what the journal says is to be done now.

@@ -39,6 +39,9 @@ absl::Status Mediator::Impl::Dial() {
                    Connection::Dial(options_.backend.socket(), Deadline::After(Duration(0))));
   link_.frontend = std::make_unique<Frontend>(std::move(connection));
   link_.frontend->set_on_config_change([this] { config_changed_ = true; });
+  link_.frontend->set_on_vring_error([this](uint32_t index) {
+    if (!ErrorsMuted()) OnDeviceError(index);
+  });
   RETURN_IF_ERROR(link_.frontend->SendGetFeatures(RequestDeadline()));
   link_.state = LinkState::kHello;
   link_.hello_until = Clock::now() + options_.request_timeout;
@@ -67,6 +70,7 @@ void Mediator::Impl::ScheduleRetry(bool fresh) {
 }
 
 void Mediator::Impl::LoseBackend(const absl::Status& why) {
+  ForgetErrors();
   if (link_.state == LinkState::kDown && !link_.frontend && !message_.empty()) {
     ScheduleRetry(false);
     return;
@@ -279,6 +283,11 @@ void Mediator::Impl::AwaitOverdue(const absl::Status& why) {
 }
 
 absl::Status Mediator::Impl::Build() {
+  RETURN_IF_ERROR(BuildDevice());
+  return BuildRings();
+}
+
+absl::Status Mediator::Impl::BuildDevice() {
   if (!record_.features) return absl::OkStatus();  // the VMM has not got that far
   Frontend& fe = *link_.frontend;
   RETURN_IF_ERROR(SendFeatures());
@@ -294,6 +303,12 @@ absl::Status Mediator::Impl::Build() {
     RETURN_IF_ERROR(SendMemory());
     if (logging_) RETURN_IF_ERROR(EnsureLog());
   }
+  return absl::OkStatus();
+}
+
+absl::Status Mediator::Impl::BuildRings() {
+  if (!record_.features) return absl::OkStatus();
+  Frontend& fe = *link_.frontend;
   for (const auto& [index, vring] : record_.vrings) {
     if (vring.started) RETURN_IF_ERROR(StartVring(index));
   }
@@ -325,6 +340,11 @@ void Mediator::Impl::FinishOverdue() {
       return;
     }
     it->second = AppliedVring{.running = false, .call_stale = false, .must_stop = false, .base = state.num};
+    if (VringRecord& vring = record_.vrings[state.index]; vring.started) {
+      // Stopped for a swap that did not come about, or stopped and started again by the VMM meanwhile: it
+      // goes on where it was.
+      vring.base = vring.told = state.num;
+    }
     MarkRingDirty(state.index);
     Memorize(state.index);
   }
@@ -367,6 +387,8 @@ void Mediator::Impl::Reconcile() {
       AppliedVring& applied = link_.vrings[index];
       if (vring.started && (!applied.running || applied.must_stop)) {
         RETURN_IF_ERROR(StartVring(index));
+      } else if (vring.started && applied.kick_stale) {
+        RETURN_IF_ERROR(RestoreKick(index));
       } else if (vring.started && std::exchange(applied.call_stale, false)) {
         RETURN_IF_ERROR(SendNotifier(Request::kSetVringCall, index, vring.call));
         Inject(vring.call);

@@ -199,7 +199,12 @@ void Frontend::ServeChannel() {
                                       Deadline::After(kChannelMessageTime));
     if (!sent.ok()) channel_.Close();
   }
-  if (valid.ok() && on_config_change_) on_config_change_();
+  if (!valid.ok()) return;
+  if (static_cast<BackendRequest>(message->header.request) == BackendRequest::kVringErr) {
+    if (on_vring_error_) on_vring_error_(message->As<VringState>().index);
+  } else if (on_config_change_) {
+    on_config_change_();
+  }
 }
 
 }  // namespace baton::vhost

@@ -26,6 +26,11 @@ class Frontend {
   // Called for each CONFIG_CHANGE_MSG of the back-end, from within any call and from ServeChannel.
   void set_on_config_change(std::function<void()> callback) { on_config_change_ = std::move(callback); }
 
+  // The same for VRING_ERR, with the ring's index.
+  void set_on_vring_error(std::function<void(uint32_t index)> callback) {
+    on_vring_error_ = std::move(callback);
+  }
+
   int fd() const { return connection_.fd(); }
   int channel_fd() const { return channel_.fd(); }
   const Connection& connection() const { return connection_; }
@@ -85,6 +90,7 @@ class Frontend {
   std::optional<Overdue> overdue_;
   uint64_t protocol_features_ = 0;
   std::function<void()> on_config_change_;
+  std::function<void(uint32_t)> on_vring_error_;
 };
 
 }  // namespace baton::vhost

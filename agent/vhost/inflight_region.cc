@@ -74,8 +74,8 @@ absl::Status Mediator::Impl::EnsureInflight() {
   }
   RETURN_IF_ERROR(RegionStride(wanted).status());
   if (const InflightDescription& d = record_.inflight.description;
-      record_.inflight && (d.mmap_size != wanted.mmap_size || d.num_queues != wanted.num_queues ||
-                           d.queue_size != wanted.queue_size)) {
+      record_.inflight && (std::exchange(replace_region_, false) || d.mmap_size != wanted.mmap_size ||
+                           d.num_queues != wanted.num_queues || d.queue_size != wanted.queue_size)) {
     RETURN_IF_ERROR(AdoptRegion(wanted, needed));
   }
   if (!record_.inflight) {

@@ -1,6 +1,7 @@
 #include "agent/vhost/mediator.h"
 
 #include <poll.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/inotify.h>
 
@@ -51,6 +52,8 @@ Mediator::Impl::~Impl() {
 absl::Status Mediator::Impl::StartUp() {
   wake_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!wake_) return ErrnoError(errno, "eventfd");
+  errors_.reset(::epoll_create1(EPOLL_CLOEXEC));
+  if (!errors_) return ErrnoError(errno, "epoll");
   // Says when a back-end puts its socket back. Without it (no such directory yet) the retries alone find it.
   inotify_.reset(::inotify_init1(IN_CLOEXEC | IN_NONBLOCK));
 
@@ -99,13 +102,17 @@ void Mediator::Impl::Loop() {
     int timeout = -1;
     if (link_.state == LinkState::kDown) timeout = Deadline::At(retry_at_).PollTimeoutMs();
     if (link_.state == LinkState::kHello) timeout = Deadline::At(link_.hello_until).PollTimeoutMs();
+    if (ErrorsMuted()) {
+      const int unmute = Deadline::At(errors_muted_until_).PollTimeoutMs();
+      timeout = timeout < 0 ? unmute : std::min(timeout, unmute);
+    }
     HandleEvents(timeout);
     Publish();
   }
 }
 
 void Mediator::Impl::HandleEvents(int timeout_ms) {
-  enum { kWake, kListen, kVmm, kBackend, kChannel, kInotify, kCount };
+  enum { kWake, kListen, kVmm, kBackend, kChannel, kInotify, kErrors, kCount };
   const bool down = link_.state == LinkState::kDown;
   pollfd p[kCount] = {
       {wake_.get(), POLLIN, 0},
@@ -114,6 +121,7 @@ void Mediator::Impl::HandleEvents(int timeout_ms) {
       {link_.frontend ? link_.frontend->fd() : -1, POLLIN, 0},
       {link_.frontend ? link_.frontend->channel_fd() : -1, POLLIN, 0},
       {down ? inotify_.get() : -1, POLLIN, 0},
+      {ErrorsMuted() ? -1 : errors_.get(), POLLIN, 0},
   };
   int n = ::poll(p, kCount, timeout_ms);
   wakeups_.fetch_add(1, std::memory_order_relaxed);
@@ -124,6 +132,7 @@ void Mediator::Impl::HandleEvents(int timeout_ms) {
     RunPosted();
     return;  // descriptors may have changed
   }
+  if (p[kErrors].revents) OnErrors();
   if (p[kChannel].revents) link_.frontend->ServeChannel();
   if (p[kBackend].revents) {
     switch (link_.state) {
@@ -225,6 +234,17 @@ v1::Device Mediator::Impl::BuildDescription() const {
   d.set_config(std::string(config_.begin(), config_.end()));
   d.set_message(message_);
   d.set_reconnects(reconnects_);
+  d.set_swaps(swaps_);
+  if (const MemoDevice memo = memo_->device(); memo.events > 0) {
+    d.set_events(memo.events);
+    v1::DeviceEvent& event = *d.mutable_last_event();
+    event.set_kind(static_cast<v1::DeviceEvent::Kind>(memo.event_kind));
+    event.set_queue(memo.event_queue);
+    event.set_held(memo.event_held);
+    event.mutable_time()->set_seconds(memo.event_time_ns / 1'000'000'000);
+    event.mutable_time()->set_nanos(static_cast<int32_t>(memo.event_time_ns % 1'000'000'000));
+    event.set_sequence(memo.events);
+  }
   d.set_max_queues(static_cast<uint32_t>(offer_.queues));
   d.set_max_memory_slots(static_cast<uint32_t>(offer_.memory_slots));
   d.set_memory_regions(static_cast<uint32_t>(record_.memory.regions().size()));
@@ -300,6 +320,10 @@ bool Mediator::OrdersInflight() const { return impl_->OrdersInflight(); }
 absl::Status Mediator::DisarmStop() { return impl_->DisarmStop(); }
 absl::Status Mediator::ExpectState(const v1::DeviceState& state) { return impl_->ExpectState(state); }
 absl::Status Mediator::CheckExpected() const { return impl_->CheckExpected(); }
+absl::StatusOr<SwapResult> Mediator::Swap(const SwapOptions& wanted, std::function<absl::Status()> record,
+                                          Deadline deadline) {
+  return impl_->Swap(wanted, std::move(record), deadline);
+}
 uint64_t Mediator::wakeups() const { return impl_->wakeups(); }
 
 namespace {

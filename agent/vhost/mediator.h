@@ -117,6 +117,22 @@ struct MediatorCallbacks {
   std::function<void(const v1::Device& device)> on_change;
 };
 
+// Another back-end of the same host for a device under a running guest.
+struct SwapOptions {
+  v1::Backend backend;
+  v1::InflightAnswer inflight = v1::DRAIN;
+  // How long the old one may take to stop.
+  Duration drain_bound = std::chrono::seconds(5);
+};
+
+struct SwapResult {
+  // The device had that back-end already; nothing was done.
+  bool unchanged = false;
+  // How long no back-end served the device.
+  Duration pause{};
+  uint32_t handed_off = 0;
+};
+
 class Mediator {
  public:
   // Connects to the back-end, asks what it offers, then listens for the VMM. Errors name device and path:
@@ -181,6 +197,18 @@ class Mediator {
   // OK once the VMM has started the device as expected (or nothing is expected); Unavailable before it has;
   // STATE_MISMATCH with the first difference.
   absl::Status CheckExpected() const;
+
+  // --- back-end swap ---
+  // Gives the device to another back-end: connects to it and tells it everything but the rings, takes the
+  // rings from the old one with nothing in flight, calls `record` (durable: a later mediator is to begin with
+  // the new one), and starts them at the new one. Whatever fails before `record` has succeeded leaves the old
+  // back-end serving. An error with a Device message that names the new back-end came after it: the mediator
+  // goes on connecting to the new one. Call CheckSwap first. VM_NOT_MIGRATABLE: a migration is under way.
+  // DRAIN_TIMEOUT: requests were still in flight at the bound. `record` runs on the mediator's thread. Waits
+  // until `deadline` for the thread to begin, and from then on as long as it takes (bounded by the drain and
+  // a few requests).
+  absl::StatusOr<SwapResult> Swap(const SwapOptions& wanted, std::function<absl::Status()> record,
+                                  Deadline deadline);
 
   // Number of times this mediator's thread woke up. For tests of "no work on the data path".
   uint64_t wakeups() const;

@@ -7,6 +7,8 @@
 //   suspend.cc fence.cc handing over what is in flight;  takeover.cc  being given it
 //   logging.cc          dirty logging;  migration_ops.cc  the stop of a migration
 //   device_state.cc     the state out of it and into it
+//   swap.cc             another back-end under the running guest
+//   device_events.cc    errors that the back-end tells of
 #pragma once
 
 #include <atomic>
@@ -56,6 +58,7 @@ enum class LinkState {
 // State of a ring at the back-end, on this connection.
 struct AppliedVring {
   bool running = false;
+  bool kick_stale = false;  // it has a kick descriptor that nobody writes to (swap.cc)
   bool call_stale = false;  // the VMM changed the call descriptor while nothing could be sent
   bool must_stop =
       false;  // the VMM stopped it, but it still runs: nothing could be sent, or it did not run empty
@@ -103,6 +106,9 @@ class Mediator::Impl {
   absl::Status DisarmStop();
   absl::Status ExpectState(const v1::DeviceState& state);
   absl::Status CheckExpected() const;
+  // swap.cc
+  absl::StatusOr<SwapResult> Swap(const SwapOptions& wanted, std::function<absl::Status()> record,
+                                  Deadline deadline);
   Duration request_timeout() const { return options_.request_timeout; }
 
  private:
@@ -155,6 +161,9 @@ class Mediator::Impl {
   absl::Status Negotiate(uint64_t features);
   // Builds everything the record says at a fresh connection.
   absl::Status Build();
+  // Its two halves: everything but the rings, and the rings.
+  absl::Status BuildDevice();
+  absl::Status BuildRings();
   // After an overdue stop was answered: brings the back-end to what the VMM asked for meanwhile.
   void Reconcile();
   void FinishOverdue();
@@ -257,6 +266,33 @@ class Mediator::Impl {
   uint32_t UsedIndex(uint32_t index) const;
   uint32_t AvailIndex(uint32_t index) const;
 
+  // --- device_events.cc, on the thread ---
+  // Gives the back-end an error descriptor of ours for the ring; the VMM's is written when ours was.
+  absl::Status SendVringErr(uint32_t index);
+  // Ours of all rings are watched no more.
+  void ForgetErrors();
+  // Descriptors of errors_ are readable.
+  void OnErrors();
+  void OnDeviceError(uint32_t index);
+  // When the next errors are looked at; far away unless some were seen a moment ago.
+  bool ErrorsMuted() const { return Clock::now() < errors_muted_until_; }
+
+  // --- swap.cc, on the thread ---
+  absl::StatusOr<SwapResult> SwapNow(const SwapOptions& wanted, const std::function<absl::Status()>& record);
+  // A ready connection to options_.backend, with everything but the rings.
+  absl::Status ConnectForSwap(Deadline deadline);
+  // Takes every ring from the back-end with nothing in flight. On failure all of them run there again, or
+  // will once it answers.
+  absl::Status StopForSwap(Deadline deadline);
+  absl::Status StopRingForSwap(uint32_t index, Deadline deadline);
+  // For back-ends that drain when they are left: leaves it, and waits until it speaks again.
+  absl::Status DrainByDisconnect(Deadline deadline);
+  void ResumeAfterSwap();
+  // Gives a ring that runs its own kick descriptor back.
+  absl::Status RestoreKick(uint32_t index);
+  // Requests in flight by the region of all rings; nothing if there is no region, or it contradicts itself.
+  std::optional<uint64_t> InFlightByRegion();
+
   // --- logging.cc, migration_ops.cc, device_state.cc, on the thread ---
   absl::Status EnsureLog();
   absl::Status ApplyLogging(bool on);
@@ -270,9 +306,10 @@ class Mediator::Impl {
   Deadline StopDeadline(bool begin);
   bool Armed() const;
 
-  const MediatorOptions options_;
+  // options_.backend and quirks_ follow a swap; the thread's. The rest is constant.
+  MediatorOptions options_;
   const MediatorCallbacks callbacks_;
-  const Quirks quirks_;
+  Quirks quirks_;
 
   // Owned by the mediator's thread (by StartUp before it runs).
   UnixListener listen_;
@@ -288,6 +325,11 @@ class Mediator::Impl {
   bool config_changed_ = false;
   bool rebuild_counts_ = false;
   uint32_t reconnects_ = 0;
+  uint32_t swaps_ = 0;
+  bool replace_region_ = false;             // the next back-end gets a region file of its own
+  UniqueFd errors_;                         // epoll of the rings' error descriptors
+  std::map<uint32_t, UniqueFd> error_fds_;  // by ring
+  Clock::time_point errors_muted_until_{};
   std::string message_;
   Duration backoff_{};
   Clock::time_point retry_at_{};

@@ -84,8 +84,18 @@ absl::StatusOr<v1::Device> ProbeBackend(const v1::DeviceSpec& spec, const v1::Ba
   return Annotate(status, where);
 }
 
-std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1::Device& destination,
-                                             const v1::MigrationParams& params) {
+namespace {
+
+// What the two purposes of a comparison call the other side.
+struct Sides {
+  bool migration;
+  const char* other;  // "the destination's back-end"
+  const char* here;   // "at the source"
+  const char* there;  // "at the destination"
+};
+
+std::vector<v1::Finding> Compare(const v1::Device& source, const v1::Device& destination,
+                                 const Sides& sides) {
   std::vector<v1::Finding> out;
   auto add = [&](v1::Severity severity, const char* code, const std::string& message,
                  const std::string& remedy) {
@@ -95,26 +105,27 @@ std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1:
   const uint64_t acked = source.acked_features() & ~virtio::kVhostOnly;
   if (uint64_t missing = acked & ~destination.offered_features(); missing) {
     add(v1::BLOCKER, "FEATURES_MISSING",
-        fmt::format("the guest uses {}, which the destination's back-end does not offer",
-                    virtio::FeatureNames(missing, source.class_())),
-        "use a back-end of the same version and configuration at the destination");
+        fmt::format("the guest uses {}, which {} does not offer",
+                    virtio::FeatureNames(missing, source.class_()), sides.other),
+        fmt::format("use a back-end of the same version and configuration {}", sides.there));
   }
-  if (source.state() == v1::Device::BACKEND_LOST || source.state() == v1::Device::HELD) {
+  if (sides.migration && (source.state() == v1::Device::BACKEND_LOST || source.state() == v1::Device::HELD)) {
     add(v1::BLOCKER, "SOURCE_BACKEND_LOST",
         fmt::format("the device does not work at the source: {}", source.message()),
         "repair the source's back-end first");
   }
-  const uint64_t missing_protocol = source.protocol_features() &
-                                    (pf::kMq | pf::kConfig | pf::kStatus | pf::kBackendReq) &
-                                    ~destination.offered_protocol_features();
+  const uint64_t missing_protocol =
+      source.protocol_features() &
+      (pf::kMq | pf::kConfig | pf::kStatus | (sides.migration ? pf::kBackendReq : 0)) &
+      ~destination.offered_protocol_features();
   if (missing_protocol) {
     add(v1::BLOCKER, "PROTOCOL_FEATURES_MISSING",
-        fmt::format("{} are in use and not offered by the destination's back-end",
-                    virtio::ProtocolFeatureNames(missing_protocol)),
-        "use a back-end of the same version at the destination");
+        fmt::format("{} are in use and not offered by {}", virtio::ProtocolFeatureNames(missing_protocol),
+                    sides.other),
+        fmt::format("use a back-end of the same version {}", sides.there));
   }
-  if (!(source.offered_features() & virtio::kVhostFLogAll) ||
-      !(source.offered_protocol_features() & pf::kLogShmfd)) {
+  if (sides.migration && (!(source.offered_features() & virtio::kVhostFLogAll) ||
+                          !(source.offered_protocol_features() & pf::kLogShmfd))) {
     add(v1::BLOCKER, "NO_DIRTY_LOG",
         "the source's back-end cannot log what it writes to guest memory (LOG_ALL with LOG_SHMFD)",
         "use a back-end that supports vhost-user dirty logging");
@@ -122,14 +133,14 @@ std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1:
   if (!(destination.offered_features() & virtio::kVhostFLogAll) ||
       !(destination.offered_protocol_features() & pf::kLogShmfd)) {
     add(v1::WARNING, "NO_WAY_BACK",
-        "the destination's back-end cannot log what it writes: the VM cannot move on from there",
+        fmt::format("{} cannot log what it writes: the VM cannot move on from there", sides.other),
         "use a back-end that supports vhost-user dirty logging");
   }
   if ((source.protocol_features() & pf::kInflightShmfd) &&
       !(destination.offered_protocol_features() & pf::kInflightShmfd)) {
     add(v1::WARNING, "NO_INFLIGHT_REGION",
-        "the destination's back-end keeps no in-flight region: its crash may stop the device",
-        "use a back-end with INFLIGHT_SHMFD at the destination");
+        fmt::format("{} keeps no in-flight region: its crash may stop the device", sides.other),
+        fmt::format("use a back-end with INFLIGHT_SHMFD {}", sides.there));
   }
   if (AnswerFor(params, source.name(), source.class_()) == v1::HANDOFF) {
     // A network device has nothing to hand over but empty buffers: only who names it wants to know.
@@ -164,25 +175,25 @@ std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1:
   const uint32_t available = net ? 2 * destination.max_queues() + 1 : destination.max_queues();
   if (queues > available) {
     add(v1::BLOCKER, "TOO_FEW_QUEUES",
-        fmt::format("{} queues are in use, the destination's back-end has {}", queues, available),
-        "configure as many queues at the destination");
+        fmt::format("{} queues are in use, {} has {}", queues, sides.other, available),
+        fmt::format("configure as many queues {}", sides.there));
   }
   if (source.memory_regions() > destination.max_memory_slots()) {
     add(v1::BLOCKER, "TOO_FEW_MEMORY_SLOTS",
-        fmt::format("the VM has {} memory regions, the destination's back-end holds {}",
-                    source.memory_regions(), destination.max_memory_slots()),
+        fmt::format("the VM has {} memory regions, {} holds {}", source.memory_regions(), sides.other,
+                    destination.max_memory_slots()),
         "use a back-end with CONFIGURE_MEM_SLOTS");
   }
   auto compare = [&](const char* code, const char* what, size_t offset, size_t size, v1::Severity severity) {
     if (!Has(source.config(), offset, size)) return;
     if (!Has(destination.config(), offset, size)) {
-      add(v1::BLOCKER, "NO_CONFIG", "the destination's back-end does not tell its configuration space",
+      add(v1::BLOCKER, "NO_CONFIG", fmt::format("{} does not tell its configuration space", sides.other),
           "use a back-end with the protocol feature CONFIG");
       return;
     }
     uint64_t a = Field(source.config(), offset, size), b = Field(destination.config(), offset, size);
     if (a != b) {
-      add(severity, code, fmt::format("{} is {} at the source and {} at the destination", what, a, b),
+      add(severity, code, fmt::format("{} is {} {} and {} {}", what, a, sides.here, b, sides.there),
           "give both back-ends the same configuration");
     }
   };
@@ -198,6 +209,18 @@ std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1:
     if (acked & virtio::kNetFMq) compare("QUEUE_PAIRS_DIFFER", "max_virtqueue_pairs", 8, 2, v1::WARNING);
   }
   return out;
+}
+
+}  // namespace
+
+std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1::Device& destination,
+                                             const v1::MigrationParams& params) {
+  return Compare(source, destination,
+                 {true, "the destination's back-end", "at the source", "at the destination"}, params);
+}
+
+std::vector<v1::Finding> CompareForSwap(const v1::Device& device, const v1::Device& candidate) {
+  return Compare(device, candidate, {false, "the new back-end", "now", "at the new back-end"}, {});
 }
 
 }  // namespace baton::vhost

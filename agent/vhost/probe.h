@@ -26,4 +26,8 @@ absl::StatusOr<v1::Device> ProbeBackend(const v1::DeviceSpec& spec, const v1::Ba
 std::vector<v1::Finding> CompareForMigration(const v1::Device& source, const v1::Device& destination,
                                              const v1::MigrationParams& params = {});
 
+// The same for another back-end of this host: `device` as its mediator describes it, `candidate` as
+// ProbeBackend found it. Dirty logging and a lost back-end stand in nobody's way here.
+std::vector<v1::Finding> CompareForSwap(const v1::Device& device, const v1::Device& candidate);
+
 }  // namespace baton::vhost

@@ -81,7 +81,7 @@ absl::Status Mediator::Impl::StartVring(uint32_t index) {
   RETURN_IF_ERROR(fe.Set(Request::kSetVringBase, Bytes(start), {}, RequestDeadline()));
   RETURN_IF_ERROR(SendVringAddr(index));
   if (vring.call.set) RETURN_IF_ERROR(SendNotifier(Request::kSetVringCall, index, vring.call));
-  if (vring.err.set) RETURN_IF_ERROR(SendNotifier(Request::kSetVringErr, index, vring.err));
+  RETURN_IF_ERROR(SendVringErr(index));
   // Before the descriptor is handed over: libvhost-user takes it for an error to find an eventfd empty that
   // its loop believes readable (the number of the one before).
   Inject(vring.kick);

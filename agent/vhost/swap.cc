@@ -19,13 +19,8 @@
 namespace baton::vhost {
 namespace {
 
-constexpr auto kSwapPoll = std::chrono::microseconds(200);
-
-// A wait for something that has no event: memory shared with the back-end.
-void PauseOnce() {
-  timespec wait{0, std::chrono::nanoseconds(kSwapPoll).count()};
-  ::ppoll(nullptr, 0, &wait, nullptr);
-}
+// A packed base of a back-end that tells the avail half only: with nothing in flight, used is where avail is.
+uint32_t WholePackedBase(uint32_t raw) { return raw <= 0xffff ? raw | raw << 16 : raw; }
 
 }  // namespace
 
@@ -130,10 +125,14 @@ absl::StatusOr<SwapResult> Mediator::Impl::SwapNow(const SwapOptions& wanted,
   }
 
   // From here on there is only the new one.
+  ForgetErrors();
   old = take();
   give(std::move(fresh));
   old.link = Link();
   backoff_ = {};
+  rebuild_counts_ = false;
+  // The old one still has the old region's descriptor.
+  replace_region_ = true;
   ++swaps_;
   message_.clear();
   LOG_INFO("device {}: back-end {} replaced by {}", name(), old_backend.socket(), options_.backend.socket());
@@ -172,22 +171,30 @@ absl::Status Mediator::Impl::StopForSwap(Deadline deadline) {
   // Nobody tells it of requests any more.
   absl::Status status;
   for (uint32_t index : running) {
-    Notifier silence{true, UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))};
+    // Not empty: see StartVring.
+    Notifier silence{true, UniqueFd(::eventfd(1, EFD_CLOEXEC | EFD_NONBLOCK))};
     if (!silence.fd) return ErrnoError(errno, "eventfd");
+    link_.vrings[index].kick_stale = true;
     status = SendNotifier(Request::kSetVringKick, index, silence);
     if (!status.ok()) break;
   }
   if (status.ok() && !running.empty() && quirks_.drains_on_disconnect) {
     status = DrainByDisconnect(deadline);
   } else if (status.ok()) {
-    // A back-end that answers GET_VRING_BASE at once may lose what it completes afterwards.
-    while (link_.inflight_sent && InFlightByRegion().value_or(0) != 0) {
+    // libvhost-user closes the call descriptor at GET_VRING_BASE, and loses what it completes afterwards.
+    // Without kicks it fetches nothing any more, so its region runs empty; kinds that poll their rings drain
+    // when asked.
+    const bool wait_first = quirks_.inflight == virtio::InflightKind::kLibvhostUser;
+    while (wait_first && InFlightByRegion().value_or(0) != 0) {
       if (deadline.Expired()) {
         status = Error(v1::DRAIN_TIMEOUT, absl::StatusCode::kDeadlineExceeded,
                        "{} requests are still in flight at the bound", InFlightByRegion().value_or(0));
         break;
       }
-      PauseOnce();
+      if (!DrainMoment()) {
+        status = absl::UnavailableError("the back-end hung up while a ring drained");
+        break;
+      }
     }
     for (size_t i = 0; status.ok() && i < running.size(); ++i) status = StopRingForSwap(running[i], deadline);
   }
@@ -221,12 +228,12 @@ absl::Status Mediator::Impl::StopRingForSwap(uint32_t index, Deadline deadline) 
   VringRecord& vring = record_.vrings[index];
   AppliedVring& applied = link_.vrings[index];
   applied.running = false;
-  applied.base = vring.base = vring.told = *base;
+  applied.base = *base;
+  vring.base = vring.told = record_.packed() ? WholePackedBase(*base) : *base;
   MarkRingDirty(index);
   if (record_.packed()) {
     ASSIGN_OR_RETURN(virtio::PackedRing ring, record_.Packed(index));
-    const uint32_t raw = *base <= 0xffff ? *base | *base << 16 : *base;
-    if (!virtio::CheckPackedDrained(ring.size, virtio::DecodePackedBase(raw)).ok())
+    if (!virtio::CheckPackedDrained(ring.size, virtio::DecodePackedBase(*vring.base)).ok())
       return late("requests are still in flight");
   } else if (UsedIndex(index) != *base) {
     return late(
@@ -242,7 +249,11 @@ absl::Status Mediator::Impl::DrainByDisconnect(Deadline deadline) {
   for (const auto& [index, applied] : link_.vrings) {
     if (applied.running) running.push_back(index);
   }
-  RETURN_IF_ERROR(Dial());
+  auto lost = [&](const absl::Status& why) {
+    for (uint32_t index : running) record_.vrings[index].lost = true;
+    return why;
+  };
+  if (absl::Status dialled = Dial(); !dialled.ok()) return lost(dialled);
   pollfd p{link_.frontend->fd(), POLLIN, 0};
   if (::poll(&p, 1, deadline.PollTimeoutMs()) == 0) {
     // The hello goes on; what follows is an ordinary reconnect to the old one.
@@ -251,7 +262,7 @@ absl::Status Mediator::Impl::DrainByDisconnect(Deadline deadline) {
                  "its back-end still had requests in flight at the bound");
   }
   auto features = link_.frontend->FinishGetFeatures(deadline);
-  if (!features.ok()) return features.status();
+  if (!features.ok()) return lost(features.status());
   for (uint32_t index : running) {
     VringRecord& vring = record_.vrings[index];
     vring.base = UsedIndex(index);
@@ -272,8 +283,7 @@ void Mediator::Impl::ResumeAfterSwap() {
     if (!link_.vrings[index].running) {
       status = StartVring(index);
     } else {
-      Inject(vring.kick);
-      status = SendNotifier(Request::kSetVringKick, index, vring.kick);
+      status = RestoreKick(index);
     }
     if (status.ok() && vring.enabled && link_.enabled[index] != *vring.enabled) {
       VringState state{index, *vring.enabled ? 1u : 0u};
@@ -288,18 +298,21 @@ void Mediator::Impl::ResumeAfterSwap() {
   }
 }
 
+absl::Status Mediator::Impl::RestoreKick(uint32_t index) {
+  if (!std::exchange(link_.vrings[index].kick_stale, false)) return absl::OkStatus();
+  const Notifier& kick = record_.vrings[index].kick;
+  Inject(kick);
+  return SendNotifier(Request::kSetVringKick, index, kick);
+}
+
 std::optional<uint64_t> Mediator::Impl::InFlightByRegion() {
   if (!record_.inflight || !link_.inflight_sent) return std::nullopt;
   uint64_t total = 0;
   for (const auto& [index, vring] : record_.vrings) {
     if (!vring.started || !vring.addr) continue;
-    auto ring = record_.Split(index);
-    if (!ring.ok()) return std::nullopt;
-    auto indices = virtio::ReadSplitIndices(record_.memory, *ring);
-    if (!indices.ok()) return std::nullopt;
-    auto set = ReadInflightPart(index, *indices);
+    auto set = ReadInflightPart(index);
     if (!set.ok()) return std::nullopt;
-    total += set->heads.size();
+    total += set->size();
   }
   return total;
 }

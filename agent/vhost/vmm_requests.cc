@@ -67,6 +67,7 @@ void Mediator::Impl::EndVmmSession() {
   record_ = DeviceRecord();
   expected_seen_.clear();
   if (!used) return;
+  ForgetErrors();
   // Some of a connection's state cannot be taken back (SET_OWNER once, protocol features), and rings may
   // still run: the next session gets a connection of its own, and this one's end stops the rings.
   link_ = Link();
@@ -360,6 +361,8 @@ absl::Status Mediator::Impl::OnNotifier(WireMessage& m, absl::Status* refused) {
   const bool call = m.request() == Request::kSetVringCall;
   Notifier& kept = call ? vring.call : vring.err;
   kept = std::move(fresh);
+  // The back-end has an error descriptor of ours (device_events.cc).
+  if (!call) return absl::OkStatus();
   if (!vring.started) return absl::OkStatus();  // sent when the ring starts
   if (!Ready()) {
     link_.vrings[index].call_stale = true;

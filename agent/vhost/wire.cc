@@ -330,6 +330,14 @@ absl::Status ValidateReply(Request request, const WireMessage& reply, uint32_t s
 
 absl::Status ValidateBackendRequest(const WireMessage& m) {
   RETURN_IF_ERROR(CheckHeader(m.header, /*reply=*/false));
+  if (static_cast<BackendRequest>(m.header.request) == BackendRequest::kVringErr) {
+    // Sent only where IN_BAND_NOTIFICATIONS is negotiated, which it is not; understood all the same.
+    if (m.payload.size() != sizeof(VringState) || !m.fds.empty() || m.As<VringState>().index >= kMaxVrings) {
+      return Error(absl::StatusCode::kInvalidArgument,
+                   "VRING_ERR: {} bytes and {} descriptors, or no such ring", m.payload.size(), m.fds.size());
+    }
+    return absl::OkStatus();
+  }
   if (static_cast<BackendRequest>(m.header.request) != BackendRequest::kConfigChange) {
     return Error(absl::StatusCode::kUnimplemented, "{} of the back-end is not supported",
                  BackendRequestName(m.header.request));

@@ -64,6 +64,7 @@ enum class BackendRequest : uint32_t {
   kIotlbMsg = 1,
   kConfigChange = 2,
   kHostNotifier = 3,
+  kVringErr = 5,
 };
 
 // Protocol features (bit numbers).

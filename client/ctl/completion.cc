@@ -23,10 +23,10 @@ complete -o default -F _batonctl batonctl
 
 // What the values of options are.
 const std::map<std::string, Collection>& OptionCollections() {
-  static const auto* map = new std::map<std::string, Collection>{{"--host", Collection::kHosts},
-                                                                 {"--to", Collection::kHosts},
-                                                                 {"--vm", Collection::kVms},
-                                                                 {"--policy", Collection::kPolicies}};
+  static const auto* map = new std::map<std::string, Collection>{
+      {"--host", Collection::kHosts},       {"--to", Collection::kHosts},
+      {"--vm", Collection::kVms},           {"--event-vm", Collection::kVms},
+      {"--event-host", Collection::kHosts}, {"--policy", Collection::kPolicies}};
   return *map;
 }
 
@@ -38,6 +38,8 @@ const std::map<std::string, std::vector<std::string>>& OptionWords() {
       {"--on-stall", {"abort", "raise-downtime", "switchover"}},
       {"--engine", {"auto", "agent", "vmm"}},
       {"--inflight", {"drain", "handoff"}},
+      {"--kind", {"qemu-storage-daemon", "dpdk", "spdk", "libvhost-user", "lab"}},
+      {"--on-device-error", {"migrate", "nothing"}},
       {"--observe-only", {"true", "false"}}};
   return *map;
 }
@@ -55,6 +57,8 @@ std::vector<Collection> PositionalCollections(const std::string& path) {
       {"describe policy", {Collection::kPolicies}},
       {"vm stop", {Collection::kVms}},
       {"vm console", {Collection::kVms}},
+      {"device list", {Collection::kVms}},
+      {"device swap", {Collection::kVms}},
       {"migrate", {Collection::kVms}},
       {"watch", {Collection::kMigrations, Collection::kVms}},
       {"cancel", {Collection::kMigrations, Collection::kVms}},

@@ -79,6 +79,7 @@ absl::StatusOr<int> ListPolicies(Context& context, const std::string& format);
 void AddGetCommands(CLI::App* app, Context* context);
 void AddDescribeCommands(CLI::App* app, Context* context);
 void AddVmCommands(CLI::App* app, Context* context);
+void AddDeviceCommands(CLI::App* app, Context* context);
 void AddMigrateCommands(CLI::App* app, Context* context);
 void AddHostCommands(CLI::App* app, Context* context);
 void AddPolicyCommands(CLI::App* app, Context* context);

@@ -130,6 +130,7 @@ int Main(int argc, char** argv) {
   AddGetCommands(&app, &context);
   AddDescribeCommands(&app, &context);
   AddVmCommands(&app, &context);
+  AddDeviceCommands(&app, &context);
   AddMigrateCommands(&app, &context);
   AddHostCommands(&app, &context);
   AddPolicyCommands(&app, &context);

@@ -4,6 +4,7 @@
 #include "client/ctl/context.h"
 #include "client/ctl/params.h"
 #include "client/ctl/show.h"
+#include "client/lib/units.h"
 #include "common/status.h"
 
 namespace baton::client {
@@ -13,6 +14,8 @@ struct SetOptions {
   std::string name, engine, format;
   std::shared_ptr<ParamOptions> params;
   std::optional<bool> observe_only;
+  std::string on_device_error, backoff;
+  std::vector<std::string> vms, hosts;
 };
 
 absl::StatusOr<v1::Policy> SetPolicy(Client* client, const SetOptions& o) {
@@ -31,6 +34,20 @@ absl::StatusOr<v1::Policy> SetPolicy(Client* client, const SetOptions& o) {
   if (o.observe_only) {
     policy.set_observe_only(*o.observe_only);
     request.mutable_update_mask()->add_paths("observe_only");
+  }
+  if (!o.on_device_error.empty()) {
+    v1::OnDeviceError& answer = *policy.mutable_on_device_error();
+    answer.set_migrate(o.on_device_error == "migrate");
+    for (const std::string& vm : o.vms) answer.add_vms(ShortName(vm));
+    for (const std::string& host : o.hosts) {
+      ASSIGN_OR_RETURN(*answer.add_hosts(), FullName(Collection::kHosts, host));
+    }
+    if (!o.backoff.empty()) {
+      auto backoff = ParseDuration(o.backoff);
+      if (!backoff.ok()) return Annotate(backoff.status(), "--event-backoff");
+      *answer.mutable_backoff() = FromDuration(*backoff);
+    }
+    request.mutable_update_mask()->add_paths("on_device_error");
   }
   auto existing = client->GetPolicy(policy.name());
   if (existing.status().code() == absl::StatusCode::kNotFound) {
@@ -80,12 +97,31 @@ void AddSet(CLI::App* group, Context* context) {
       ->option_text("ENGINE");
   command->add_option("--observe-only", o->observe_only, "Log decisions without acting: true or false")
       ->option_text("BOOL");
+  const std::string group_name = "When a back-end tells of an error";
+  CLI::Option* answer =
+      command->add_option("--on-device-error", o->on_device_error, "Move the VM away: migrate or nothing")
+          ->check(CLI::IsMember({"migrate", "nothing"}))
+          ->option_text("ANSWER")
+          ->group(group_name);
+  command->add_option("--event-vm", o->vms, "VMs that it covers, also 'web*' (all); may be repeated")
+      ->needs(answer)
+      ->option_text("VM")
+      ->group(group_name);
+  command->add_option("--event-host", o->hosts, "Where to, in order of preference; may be repeated")
+      ->needs(answer)
+      ->option_text("HOST")
+      ->group(group_name);
+  command->add_option("--event-backoff", o->backoff, "Shortest time between two attempts for a VM (1m)")
+      ->needs(answer)
+      ->option_text("DURATION")
+      ->group(group_name);
   AddFormatOption(command, &o->format);
   command->footer(
       "What is not given stays as it is. Migrations under way keep the parameters they started with.\n\n"
       "Examples:\n"
       "  batonctl policy set default --max-downtime 100ms\n"
-      "  batonctl policy set night --bandwidth 2Gbit --on-stall raise-downtime");
+      "  batonctl policy set night --bandwidth 2Gbit --on-stall raise-downtime\n"
+      "  batonctl policy set evacuate --on-device-error migrate --event-vm 'web*' --event-host b");
   command->callback([=] {
     context->action = [o](Context& c) -> absl::StatusOr<int> {
       ASSIGN_OR_RETURN(Client * client, c.Connect());

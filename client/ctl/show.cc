@@ -34,6 +34,17 @@ std::string StateOf(const v1::Vm& vm) {
   return vm.state() == v1::Vm::STATE_UNSPECIFIED ? "UNKNOWN" : v1::Vm::State_Name(vm.state());
 }
 
+// "queue error x3, 2m ago, 4 requests held"; empty without any.
+std::string EventOf(const v1::Device& device, int64_t now) {
+  if (device.events() == 0) return "";
+  const v1::DeviceEvent& event = device.last_event();
+  std::string out = event.kind() == v1::DeviceEvent::QUEUE_ERROR ? "queue error" : "event";
+  if (device.events() > 1) out += fmt::format(" x{}", device.events());
+  out += fmt::format(", {} ago", FormatAge(event.time(), now));
+  if (event.held() > 0) out += fmt::format(", {} requests held", event.held());
+  return out;
+}
+
 std::string Joined(const std::vector<std::string>& parts, const std::string& separator) {
   std::string out;
   for (const auto& part : parts) out += (out.empty() ? "" : separator) + part;
@@ -172,7 +183,7 @@ Table HostTable(const std::vector<v1::Host>& hosts, bool wide, int64_t now) {
 Table VmTable(const std::vector<v1::Vm>& vms, bool wide, int64_t now) {
   std::vector<std::string> header = {"NAME",  "STATE",   "HOST",      "MEMORY",
                                      "VCPUS", "DEVICES", "MIGRATION", "AGE"};
-  if (wide) header.insert(header.end(), {"EPOCH", "DRIVER", "VMM PID", "SHIM PID", "MESSAGE"});
+  if (wide) header.insert(header.end(), {"EPOCH", "DRIVER", "VMM PID", "SHIM PID", "EVENT", "MESSAGE"});
   Table table(header);
   for (const auto& vm : vms) {
     std::vector<std::string> devices;
@@ -190,11 +201,43 @@ Table VmTable(const std::vector<v1::Vm>& vms, bool wide, int64_t now) {
                                     ShortName(vm.migration()),
                                     FormatAge(vm.start_time(), now)};
     if (wide) {
+      std::vector<std::string> events;
+      for (const auto& device : vm.devices()) {
+        if (device.events() > 0) events.push_back(device.name() + ": " + EventOf(device, now));
+      }
       row.insert(row.end(),
                  {std::to_string(vm.epoch()), vm.driver(), vm.vmm_pid() ? std::to_string(vm.vmm_pid()) : "",
-                  vm.shim_pid() ? std::to_string(vm.shim_pid()) : "", vm.message()});
+                  vm.shim_pid() ? std::to_string(vm.shim_pid()) : "", Joined(events, "; "), vm.message()});
     }
     table.AddRow(std::move(row));
+  }
+  return table;
+}
+
+Table DeviceTable(const std::vector<v1::Vm>& vms, bool wide, int64_t now) {
+  std::vector<std::string> header = {"VM",     "DEVICE",   "CLASS", "STATE",
+                                     "QUEUES", "BACK-END", "KIND",  "LAST EVENT"};
+  if (wide) header.insert(header.end(), {"HOST", "RECONNECTS", "SWAPS", "MESSAGE"});
+  Table table(header);
+  for (const auto& vm : vms) {
+    for (const auto& d : vm.devices()) {
+      int started = 0;
+      for (const auto& queue : d.queues()) started += queue.started();
+      std::vector<std::string> row = {
+          ShortName(vm.name()),
+          d.name(),
+          DeviceClassName(d.class_()),
+          StateOf(d),
+          fmt::format("{}/{}", started, std::max<int>(d.queues_size(), static_cast<int>(d.max_queues()))),
+          d.backend().socket(),
+          BackendKindName(d.backend().kind()),
+          EventOf(d, now)};
+      if (wide) {
+        row.insert(row.end(), {ShortName(vm.host()), std::to_string(d.reconnects()),
+                               std::to_string(d.swaps()), d.message()});
+      }
+      table.AddRow(std::move(row));
+    }
   }
   return table;
 }
@@ -303,7 +346,8 @@ std::string DescribeVm(const v1::Vm& vm, int64_t now) {
     out += "  none\n";
     return out;
   }
-  Table devices({"NAME", "CLASS", "STATE", "QUEUES", "BACK-END", "KIND", "RECONNECTS", "MESSAGE"});
+  Table devices(
+      {"NAME", "CLASS", "STATE", "QUEUES", "BACK-END", "KIND", "RECONNECTS", "LAST EVENT", "MESSAGE"});
   for (const auto& d : vm.devices()) {
     int started = 0;
     for (const auto& queue : d.queues()) started += queue.started();
@@ -311,7 +355,7 @@ std::string DescribeVm(const v1::Vm& vm, int64_t now) {
         {d.name(), DeviceClassName(d.class_()), StateOf(d),
          fmt::format("{}/{}", started, std::max<int>(d.queues_size(), static_cast<int>(d.max_queues()))),
          d.backend().socket(), BackendKindName(d.backend().kind()), std::to_string(d.reconnects()),
-         d.message()});
+         EventOf(d, now), d.message()});
   }
   return out + Indented(devices.Render());
 }
@@ -322,8 +366,12 @@ bool HasBlocker(const v1::Migration& migration) {
 }
 
 std::string DescribeFindings(const v1::Migration& migration) {
+  return DescribeFindings(migration.findings());
+}
+
+std::string DescribeFindings(const google::protobuf::RepeatedPtrField<v1::Finding>& found) {
   std::vector<const v1::Finding*> findings;
-  for (const auto& finding : migration.findings()) findings.push_back(&finding);
+  for (const auto& finding : found) findings.push_back(&finding);
   if (findings.empty()) return "no findings\n";
   std::stable_sort(findings.begin(), findings.end(),
                    [](const auto* a, const auto* b) { return a->severity() > b->severity(); });
@@ -419,6 +467,18 @@ std::string DescribePolicy(const v1::Policy& policy) {
   p.Add("Name", policy.name());
   p.Add("Engine", v1::Engine_Name(policy.engine()).substr(sizeof("ENGINE_") - 1));
   p.Add("Observe only", policy.observe_only() ? "yes" : "no");
+  if (policy.has_on_device_error()) {
+    const v1::OnDeviceError& answer = policy.on_device_error();
+    std::vector<std::string> hosts;
+    for (const auto& host : answer.hosts()) hosts.push_back(ShortName(host));
+    p.Add("Device error",
+          !answer.migrate()
+              ? "nothing"
+              : fmt::format("move {} to {}",
+                            answer.vms().empty() ? "every VM"
+                                                 : Joined({answer.vms().begin(), answer.vms().end()}, ", "),
+                            hosts.empty() ? "the host with the most free memory" : Joined(hosts, ", else ")));
+  }
   p.Add("Created", policy.has_create_time() ? FormatTime(policy.create_time()) : "");
   p.Add("Updated", policy.has_update_time() ? FormatTime(policy.update_time()) : "");
   p.Add("Etag", policy.etag());

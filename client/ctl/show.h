@@ -14,6 +14,8 @@ namespace baton::client {
 
 Table HostTable(const std::vector<v1::Host>& hosts, bool wide, int64_t now);
 Table VmTable(const std::vector<v1::Vm>& vms, bool wide, int64_t now);
+// One row a device.
+Table DeviceTable(const std::vector<v1::Vm>& vms, bool wide, int64_t now);
 Table MigrationTable(const std::vector<v1::Migration>& migrations, bool wide, int64_t now);
 Table PolicyTable(const std::vector<v1::Policy>& policies, bool wide);
 
@@ -24,6 +26,7 @@ std::string DescribePolicy(const v1::Policy& policy);
 
 // The findings of checks, most severe first, each with what to do; "no findings" if there are none.
 std::string DescribeFindings(const v1::Migration& migration);
+std::string DescribeFindings(const google::protobuf::RepeatedPtrField<v1::Finding>& findings);
 bool HasBlocker(const v1::Migration& migration);
 
 // "42 %" of round 0's memory or of the present round; empty when nothing can be said.

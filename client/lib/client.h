@@ -53,6 +53,9 @@ class Client {
   absl::StatusOr<v1::Vm> StartVm(v1::StartVmRequest request, Duration timeout);
   absl::Status StopVm(const std::string& name, bool force, Duration timeout);
 
+  // Waits until the new back-end serves the device. A request_id is made up if there is none.
+  absl::StatusOr<v1::SwapDeviceResponse> SwapDevice(v1::SwapDeviceRequest request, Duration timeout);
+
   // `request` gets a request_id if it has none. validate_only calls may take `timeout`, which must leave room
   // for the dirty-rate sample and for connecting to every back-end.
   absl::StatusOr<v1::Migration> CreateMigration(v1::CreateMigrationRequest* request, Duration timeout);

@@ -1,5 +1,7 @@
 #include "server/api/fleet_service.h"
 
+#include "common/grpc_status.h"
+#include "common/unix_socket.h"
 #include "common/vm_spec.h"
 #include "server/api/console.h"
 #include "server/control/filter.h"
@@ -92,6 +94,45 @@ grpc::ServerUnaryReactor* FleetService::StopVm(grpc::CallbackServerContext* cont
     auto id = ParseName(request->name(), "vms", "name");
     if (!id.ok()) return done(id.status());
     fleet_.StopVm(*id, request->force(), done);
+  });
+}
+
+namespace {
+
+absl::Status CheckSwap(const v1::SwapDeviceRequest& request) {
+  RETURN_IF_ERROR(ParseName(request.vm(), "vms", "vm").status());
+  if (request.device().empty()) return InvalidField("device", "is missing");
+  const std::string& socket = request.backend().socket();
+  if (socket.empty() || socket[0] != '/') return InvalidField("backend.socket", "must be an absolute path");
+  if (absl::Status path = CheckUnixPath(socket); !path.ok())
+    return InvalidField("backend.socket", Message(path));
+  if (!v1::BackendKind_IsValid(request.backend().kind()))
+    return InvalidField("backend.kind", "is not known to this version");
+  if (!v1::Recovery_IsValid(request.backend().recovery()))
+    return InvalidField("backend.recovery", "is not known to this version");
+  if (!v1::InflightAnswer_IsValid(request.inflight()))
+    return InvalidField("inflight", "is not known to this version");
+  if (request.request_id().size() > 128) return InvalidField("request_id", "has more than 128 bytes");
+  if (request.has_drain_timeout()) {
+    const auto& bound = request.drain_timeout();
+    if (bound.seconds() < 0 || bound.nanos() < 0 || bound.nanos() > 999'999'999 ||
+        (bound.seconds() == 0 && bound.nanos() == 0) || bound.seconds() >= 60) {
+      return InvalidField("drain_timeout", "must be above 0 and below 60 s");
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+grpc::ServerUnaryReactor* FleetService::SwapDevice(grpc::CallbackServerContext* context,
+                                                   const v1::SwapDeviceRequest* request,
+                                                   v1::SwapDeviceResponse* response) {
+  return Unary(api_, context, "SwapDevice", Role::kOperator, request->vm(), [=, this](Done done) {
+    if (absl::Status status = CheckSwap(*request); !status.ok()) return done(status);
+    fleet_.SwapDevice(*request, [done, response](absl::StatusOr<v1::SwapDeviceResponse> answer) {
+      done(Store1(std::move(answer), response));
+    });
   });
 }
 

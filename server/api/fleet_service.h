@@ -26,6 +26,9 @@ class FleetService : public v1::Fleet::CallbackService {
                                     v1::ListVmsResponse* response) override;
   grpc::ServerUnaryReactor* StartVm(grpc::CallbackServerContext* context, const v1::StartVmRequest* request,
                                     v1::Vm* response) override;
+  grpc::ServerUnaryReactor* SwapDevice(grpc::CallbackServerContext* context,
+                                       const v1::SwapDeviceRequest* request,
+                                       v1::SwapDeviceResponse* response) override;
   grpc::ServerUnaryReactor* StopVm(grpc::CallbackServerContext* context, const v1::StopVmRequest* request,
                                    v1::StopVmResponse* response) override;
   grpc::ServerBidiReactor<v1::ConsoleRequest, v1::ConsoleResponse>* Console(

@@ -70,7 +70,12 @@ class Controller : public FleetObserver {
   void OnHostDown(const std::string& host) override;
   void OnVmEnded(const std::string& host, const std::string& vm, const std::string& how) override;
   void OnReport(const std::string& host, const v1::SideReport& report) override;
+  void OnVm(const std::string& vm) override;
   std::string MigrationOf(const std::string& vm) const override;
+  // Told of every VM that the fleet hears of, on the loop; set once.
+  void SetVmListener(std::function<void(const std::string& vm)> listener) {
+    vm_listener_ = std::move(listener);
+  }
 
  private:
   struct Entry {
@@ -116,6 +121,7 @@ class Controller : public FleetObserver {
   std::deque<std::string> ended_;                          // ids, oldest first
   std::map<uint64_t, std::function<void()>> subscribers_;
   uint64_t next_subscriber_ = 1;
+  std::function<void(const std::string& vm)> vm_listener_;
   int64_t last_id_ms_ = 0;
   double last_rate_ = 0;  // bytes a second of the last migration that told one; for forecasts
   bool scheduling_ = false;

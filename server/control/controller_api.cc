@@ -51,6 +51,7 @@ absl::StatusOr<v1::Migration> Controller::Plan(const v1::Migration& wanted) {
                   "is cordoned; uncordon it or choose another destination");
   }
   RETURN_IF_ERROR(fleet_.CheckNoStaleCopy(vm));
+  RETURN_IF_ERROR(fleet_.CheckNotSwapping(vm));
   if (!known.migration().empty()) {
     return refuse(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition, known.name(),
                   fmt::format("is in {} already", known.migration()));
@@ -223,6 +224,10 @@ absl::StatusOr<std::vector<v1::WatchMigrationsResponse>> Controller::Changes(con
     out.push_back(std::move(response));
   }
   return out;
+}
+
+void Controller::OnVm(const std::string& vm) {
+  if (vm_listener_) vm_listener_(vm);
 }
 
 uint64_t Controller::Subscribe(std::function<void()> wake) {

@@ -122,6 +122,51 @@ absl::Status ValidateParams(const v1::MigrationParams& params, const std::string
   return status;
 }
 
+namespace {
+
+bool Covers(const v1::OnDeviceError& answer, const std::string& vm) {
+  if (answer.vms().empty()) return true;
+  for (const std::string& pattern : answer.vms()) {
+    if (pattern == vm) return true;
+    if (pattern.ends_with('*') && vm.starts_with(pattern.substr(0, pattern.size() - 1))) return true;
+  }
+  return false;
+}
+
+absl::Status ValidateOnDeviceError(const v1::OnDeviceError& answer) {
+  for (const std::string& pattern : answer.vms()) {
+    const std::string stem = pattern.ends_with('*') ? pattern.substr(0, pattern.size() - 1) : pattern;
+    if (stem.find('*') != std::string::npos || (stem.empty() && pattern != "*")) {
+      return InvalidField("policy.on_device_error.vms",
+                          fmt::format("\"{}\": a VM's name, with a * at most at its end", pattern));
+    }
+  }
+  for (const std::string& host : answer.hosts())
+    RETURN_IF_ERROR(ParseName(host, "hosts", "policy.on_device_error.hosts").status());
+  if (answer.has_backoff()) {
+    const auto& backoff = answer.backoff();
+    if (backoff.seconds() < 0 || backoff.nanos() < 0 || backoff.nanos() > 999'999'999 ||
+        (backoff.seconds() == 0 && backoff.nanos() == 0) || backoff.seconds() > 3600) {
+      return InvalidField("policy.on_device_error.backoff", "must be above 0 and at most 1 h");
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+const v1::Policy* PolicyForDeviceEvents(const std::vector<v1::Policy>& policies, const std::string& vm) {
+  auto rank = [](const v1::Policy& policy) {
+    return std::make_pair(policy.name() == "policies/default", policy.name());
+  };
+  const v1::Policy* best = nullptr;
+  for (const v1::Policy& policy : policies) {
+    if (!policy.has_on_device_error() || !Covers(policy.on_device_error(), vm)) continue;
+    if (best == nullptr || rank(policy) < rank(*best)) best = &policy;
+  }
+  return best;
+}
+
 absl::Status Policies::Load() {
   absl::Status found = store_.Get("policies/default").status();
   if (found.code() != absl::StatusCode::kNotFound) return found;
@@ -135,6 +180,7 @@ absl::Status Policies::Load() {
 
 absl::StatusOr<v1::Policy> Policies::Put(v1::Policy policy, const Batch* more) {
   RETURN_IF_ERROR(ValidateParams(policy.params(), "policy.params."));
+  RETURN_IF_ERROR(ValidateOnDeviceError(policy.on_device_error()));
   *policy.mutable_update_time() = TimeUtil::GetCurrentTime();
   policy.clear_etag();
   Batch batch = more ? *more : Batch();
@@ -203,7 +249,8 @@ absl::StatusOr<v1::Policy> Policies::Update(const v1::UpdatePolicyRequest& reque
   // Without a mask everything that a caller may set is replaced.
   if (mask.paths().empty() || (mask.paths_size() == 1 && mask.paths(0) == "*")) {
     mask.Clear();
-    for (const char* path : {"params", "engine", "schedule", "observe_only"}) mask.add_paths(path);
+    for (const char* path : {"params", "engine", "schedule", "observe_only", "on_device_error"})
+      mask.add_paths(path);
   }
   for (const std::string& path : mask.paths()) {
     if (!FieldMaskUtil::IsValidPath<v1::Policy>(path)) {

@@ -39,6 +39,10 @@ v1::MigrationParams MergeParams(const v1::MigrationParams& policy, const v1::Mig
 // Documented defaults.
 v1::MigrationParams DefaultParams();
 
+// The policy that counts for device events of `vm` (an id): see v1::OnDeviceError. Null if none covers it.
+// Pure; `policies` in any order.
+const v1::Policy* PolicyForDeviceEvents(const std::vector<v1::Policy>& policies, const std::string& vm);
+
 // Bytes that are equal for equal requests (maps in order).
 std::string Canonical(const google::protobuf::Message& message);
 

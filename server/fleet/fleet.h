@@ -38,6 +38,8 @@ class FleetObserver {
   virtual void OnReport(const std::string& host, const v1::SideReport& report) = 0;
   // The VM, which this host owns by the record, has ended there; `how` says so in words.
   virtual void OnVmEnded(const std::string& host, const std::string& vm, const std::string& how) = 0;
+  // What the host that owns the VM says of it now; it is in the fleet already.
+  virtual void OnVm(const std::string& vm) = 0;
   // Name of the migration that a VM is in ("migrations/x"), or empty.
   virtual std::string MigrationOf(const std::string& vm) const = 0;
 };
@@ -95,6 +97,12 @@ class Fleet {
   void StartVm(const std::string& host, const v1::VmSpec& spec, VmCallback callback);
   void StopVm(const std::string& vm, bool force, std::function<void(absl::Status)> callback);
 
+  using SwapCallback = std::function<void(absl::StatusOr<v1::SwapDeviceResponse>)>;
+  // Fleet.SwapDevice; the request's names have been checked.
+  void SwapDevice(const v1::SwapDeviceRequest& request, SwapCallback callback);
+  // OK, or why the VM may not migrate now: a back-end of it is being swapped.
+  absl::Status CheckNotSwapping(const std::string& vm) const;
+
   // OK, or why nothing may be done with the VM: a host that is not its owner runs a copy of it
   // (docs/decisions/0004-stale-owners.md).
   absl::Status CheckNoStaleCopy(const std::string& vm) const;
@@ -118,6 +126,7 @@ class Fleet {
   struct VmEntry {
     VmRecord record;
     bool starting = false;  // a StartVm is under way
+    int swapping = 0;       // SwapDevice calls under way
     // Hosts (full names) that say that they run it although the record contradicts, with their claims.
     std::map<std::string, v1::Vm> stale;
   };
@@ -130,6 +139,9 @@ class Fleet {
   void ArmHeartbeat(const std::shared_ptr<Session>& session);
   void OnResult(Session& session, const v1::CommandResult& result);
   void TakeVm(HostEntry& host, const v1::Vm& vm);
+  // The answer of an agent to a swap: recorded together with its request.
+  absl::StatusOr<v1::SwapDeviceResponse> TakeSwapped(const v1::SwapDeviceRequest& request,
+                                                     const v1::DeviceSwapped& swapped);
   void SetStale(const std::string& id, VmEntry& entry, const v1::Vm& claim, bool is_void);
   void ClearStale(const std::string& id, const std::string& host);
   void DropVm(HostEntry& host, const std::string& id, const std::string& message);

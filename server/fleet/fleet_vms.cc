@@ -66,6 +66,7 @@ void Fleet::TakeVm(HostEntry& host, const v1::Vm& reported) {
     if (entry.record.owner().empty()) vms_.erase(id);
   }
   CountHosts();
+  if (observer_) observer_->OnVm(id);
   if (observer_ && vm.state() == v1::Vm::STOPPED) observer_->OnVmEnded(IdOf(host_name), id, vm.message());
 }
 

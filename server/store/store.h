@@ -2,7 +2,8 @@
 // of changes that watches resume from. The shape is that of etcd, so that it can stand behind this interface
 // beside SQLite.
 //
-// Keys: migrations/{id}, control/{id}, requests/{id}, vms/{id}, hosts/{id}, policies/{id}.
+// Keys: migrations/{id}, control/{id}, requests/{id}, vms/{id}, hosts/{id}, policies/{id},
+// events/{vm}.
 #pragma once
 
 #include <cstdint>

@@ -147,6 +147,29 @@ TEST_F(UmlMediator, KilledBackendWithInflightRegionLosesNothingAtDepth) {
   ExpectClean();
 }
 
+// Linux's own driver keeps sixteen requests in flight, and its disk is given from one back-end to another and back.
+TEST_F(UmlMediator, SwappedBackendUnderTheRunningGuest) {
+  StartQsd();
+  const std::string second = work_.Path("second.sock");
+  auto other = Qsd::Start({.socket = second, .image = image_, .queues = 1, .iops = 0});
+  ASSERT_TRUE(other.ok()) << other.status();
+  StartMediator(Options());
+  StartGuest(/*threads=*/16, /*report=*/200);
+  for (int round = 0; round < 6; ++round) {
+    vhost::SwapOptions wanted;
+    wanted.backend.set_socket(round % 2 ? backend_ : second);
+    wanted.backend.set_kind(v1::QEMU_STORAGE_DAEMON);
+    wanted.drain_bound = seconds(10);
+    auto swapped = mediator_->Swap(wanted, nullptr, Deadline::After(seconds(10)));
+    ASSERT_TRUE(swapped.ok()) << swapped.status();
+    auto went_on = guest_->Progress(1, Deadline::After(kSoon));
+    ASSERT_TRUE(went_on.ok()) << went_on << " " << mediator_->Describe().message();
+  }
+  EXPECT_EQ(mediator_->Describe().swaps(), 6u);
+  EXPECT_EQ(mediator_->Describe().reconnects(), 0u);
+  ExpectClean();
+}
+
 TEST_F(UmlMediator, LostBackendCostsNoProcessorTime) {
   StartQsd();
   StartMediator(Options());

@@ -163,6 +163,8 @@ void LabBackend::Fetch(uint32_t index) {
     ++fetched_;
     const uint32_t delay = options_.delay_us ? random_() % options_.delay_us : 0;
     q.flight.push_back({head, Clock::now() + std::chrono::microseconds(delay)});
+    uint64_t one = 1;
+    if (options_.tells_errors && q.err && ::write(q.err.get(), &one, sizeof one) < 0) return;
   }
   CompleteDue(index, Clock::now());
 }
@@ -387,6 +389,11 @@ absl::Status LabBackend::Handle(vhost::WireMessage& m) {
     case Request::kSetVringAddr:
       queues_[m.As<vhost::VringAddr>().index].addr = m.As<vhost::VringAddr>();
       break;
+    case Request::kSetVringErr: {
+      Queue& q = queues_[static_cast<uint32_t>(m.As<uint64_t>() & vhost::kVringIndexMask)];
+      q.err = m.fds.empty() ? UniqueFd() : std::move(m.fds[0]);
+      break;
+    }
     case Request::kSetVringCall: {
       Queue& q = queues_[static_cast<uint32_t>(m.As<uint64_t>() & vhost::kVringIndexMask)];
       q.call = m.fds.empty() ? UniqueFd() : std::move(m.fds[0]);

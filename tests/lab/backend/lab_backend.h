@@ -40,6 +40,8 @@ struct LabBackendOptions {
   uint32_t silent_at = 0;
   // The request that is answered with a malformed reply.
   uint32_t garble_at = 0;
+  // Tells of an error of the queue with each request that it fetches.
+  bool tells_errors = false;
 };
 
 // Serves one connection after the other, on the calling thread, until `stop_fd` is readable.
@@ -66,7 +68,7 @@ class LabBackend {
   struct Queue {
     uint16_t size = 0;
     std::optional<vhost::VringAddr> addr;
-    UniqueFd kick, call;
+    UniqueFd kick, call, err;
     bool running = false;
     uint16_t last_avail = 0;
     uint64_t counter = 1;

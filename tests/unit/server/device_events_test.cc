@@ -1,4 +1,6 @@
 // Swaps of back-ends and events of devices as batond sees them, with agents that are only links.
+#include "server/control/device_events.h"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -6,7 +8,6 @@
 #include <filesystem>
 #include <mutex>
 
-#include "server/control/device_events.h"
 #include "server/store/sqlite_store.h"
 
 namespace baton::server {
@@ -58,7 +59,8 @@ class DeviceEventsTest : public ::testing::Test {
       store_ = *std::move(store);
       fleet_ = std::make_unique<Fleet>(*loop_, *store_, *metrics_, FleetOptions());
       policies_ = std::make_unique<Policies>(*store_, false);
-      controller_ = std::make_unique<Controller>(*loop_, *store_, *fleet_, *policies_, *metrics_, ControllerOptions());
+      controller_ =
+          std::make_unique<Controller>(*loop_, *store_, *fleet_, *policies_, *metrics_, ControllerOptions());
       ASSERT_TRUE(fleet_->Load().ok());
       ASSERT_TRUE(policies_->Load().ok());
       ASSERT_TRUE(controller_->Load().ok());
@@ -320,7 +322,8 @@ class SwapTest : public DeviceEventsTest {
   void Swap(const v1::SwapDeviceRequest& request) {
     answer_.reset();
     On([&] {
-      fleet_->SwapDevice(request, [this](absl::StatusOr<v1::SwapDeviceResponse> answer) { answer_ = std::move(answer); });
+      fleet_->SwapDevice(
+          request, [this](absl::StatusOr<v1::SwapDeviceResponse> answer) { answer_ = std::move(answer); });
     });
     Settle();
   }

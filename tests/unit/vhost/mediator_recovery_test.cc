@@ -2,6 +2,7 @@
 // repeated.
 #include <fcntl.h>
 #include <gmock/gmock.h>
+#include <sys/eventfd.h>
 
 #include <filesystem>
 
@@ -167,6 +168,47 @@ TEST_F(MediatorRecovery, WhatIsNotedIsForgottenWithTheVm) {
   ForgetDevice(dir_, "disk0");
   EXPECT_FALSE(std::filesystem::exists(dir_ + "/disk0.memo"));
   EXPECT_FALSE(std::filesystem::exists(dir_ + "/disk0.inflight-1"));
+}
+
+// --- what the back-end tells of errors ---
+
+TEST_F(MediatorRecovery, ErrorsOfTheBackendBecomeEventsAndReachTheVmm) {
+  StartBackend({.inflight = true, .delay_us = kSlow, .tells_errors = true});
+  MediatorOptions options = Options();
+  options.memo_dir = dir_;
+  ASSERT_NO_FATAL_FAILURE(StartMediator(std::move(options)));
+  vmm_ = std::make_unique<FakeVmm>(dir_ + "/vmm.sock");
+  ASSERT_NO_FATAL_FAILURE(vmm_->Negotiate());
+  ASSERT_NO_FATAL_FAILURE(vmm_->SetMemory());
+  UniqueFd error(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  const uint64_t ring = 0;
+  ASSERT_TRUE(vmm_->Set(Request::kSetVringErr, ring, {error.get()}).ok());
+  ASSERT_NO_FATAL_FAILURE(vmm_->StartRing());
+  EXPECT_EQ(mediator_->Describe().events(), 0u);
+  auto events = [&](uint64_t n) {
+    for (Deadline deadline = Soon(); mediator_->Describe().events() < n && !deadline.Expired();)
+      ::usleep(2000);
+    return mediator_->Describe().events();
+  };
+  vmm_->Submit(0, true, 0, 1);
+  ASSERT_EQ(events(1), 1u);
+  v1::DeviceEvent event = mediator_->Describe().last_event();
+  EXPECT_EQ(event.kind(), v1::DeviceEvent::QUEUE_ERROR);
+  EXPECT_EQ(event.queue(), 0u);
+  EXPECT_EQ(event.held(), 1u);
+  EXPECT_EQ(event.sequence(), 1u);
+  EXPECT_GT(event.time().seconds(), 0);
+  uint64_t told = 0;
+  EXPECT_EQ(::read(error.get(), &told, sizeof told), static_cast<ssize_t>(sizeof told));
+  // A burst is one event, or two if it begins before the pause has ended.
+  for (uint16_t i = 1; i < 5; ++i) vmm_->Submit(i, true, i, 1);
+  ASSERT_GE(events(2), 2u);
+  EXPECT_LE(mediator_->Describe().events(), 3u);
+  const uint64_t before = mediator_->Describe().events();
+  // The next shim counts on.
+  ASSERT_NO_FATAL_FAILURE(NewMediator());
+  EXPECT_EQ(mediator_->Describe().events(), before);
+  EXPECT_EQ(mediator_->Describe().last_event().sequence(), before);
 }
 
 }  // namespace
