@@ -25,6 +25,7 @@ class MediatorSwap : public MediatorFixture {
   void StartOther(lab::LabBackendOptions options = {}) {
     options.socket = dir_ + "/other.sock";
     options.image = dir_ + "/image";
+    other_.reset();
     other_ = std::make_unique<BackendThread>(options);
   }
   SwapOptions To(const std::string& socket, Duration bound = seconds(2)) {
