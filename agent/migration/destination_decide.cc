@@ -90,6 +90,8 @@ void IncomingMigration::Impl::StartGuest() {
     const Clock::time_point announcing = Clock::now();
     if (absl::Status announced = p_.driver.Announce(deadline); !announced.ok())
       LOG_WARN("migration {}: announcing the guest: {}", o_.migration_id, Message(announced));
+    if (absl::Status announced = p_.devices.Announce(deadline); !announced.ok())
+      LOG_WARN("migration {}: announcing the guest's NICs: {}", o_.migration_id, Message(announced));
     AddTime("announce", announcing);
   }
   if (started.ok() && link_) {

@@ -63,6 +63,8 @@ class DeviceSet {
   virtual absl::Status VerifyAgainstMemory(const v1::DeviceStates& states, const memory::GuestRam& ram) = 0;
   // After the VMM started the guest: OK if it started each device as expected.
   virtual absl::Status CheckStarted() const = 0;
+  // After the guest runs: what the devices themselves can do so that the network finds it here.
+  virtual absl::Status Announce(Deadline /*deadline*/) { return absl::OkStatus(); }
 };
 
 }  // namespace baton::migration

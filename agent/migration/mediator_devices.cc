@@ -118,6 +118,12 @@ class MediatorDevices final : public DeviceSet {
     return absl::OkStatus();
   }
 
+  absl::Status Announce(Deadline deadline) override {
+    absl::Status first;
+    for (vhost::Mediator* mediator : mediators_) first.Update(mediator->Announce(deadline));
+    return first;
+  }
+
  private:
   bool IsBalloon(const vhost::Mediator& mediator) const {
     return balloon_ != nullptr && mediator.name() == balloon_->name();

@@ -20,7 +20,7 @@ constexpr Duration kLastRetry = std::chrono::seconds(2);
 // wait for DRIVER_OK.
 constexpr uint64_t kWanted = pf::kMq | pf::kLogShmfd | pf::kRarp | pf::kReplyAck | pf::kNetMtu |
                              pf::kBackendReq | pf::kConfig | pf::kInflightShmfd | pf::kResetDevice |
-                             pf::kConfigureMemSlots;
+                             pf::kConfigureMemSlots | pf::kDeviceState;
 
 }  // namespace
 
@@ -307,12 +307,15 @@ absl::Status Mediator::Impl::BuildDevice() {
 }
 
 absl::Status Mediator::Impl::BuildRings() {
+  RETURN_IF_ERROR(EnsureStateLoaded(RequestDeadline()));
   if (!record_.features) return absl::OkStatus();
   Frontend& fe = *link_.frontend;
-  for (const auto& [index, vring] : record_.vrings) {
-    if (vring.started) RETURN_IF_ERROR(StartVring(index));
+  held_rings_.clear();
+  for (uint32_t index : StartOrder()) {
+    if (record_.vrings[index].started) RETURN_IF_ERROR(StartVring(index));
   }
-  for (const auto& [index, vring] : record_.vrings) {
+  for (uint32_t index : StartOrder()) {
+    const VringRecord& vring = record_.vrings[index];
     if (!vring.enabled) continue;
     VringState state{index, *vring.enabled ? 1u : 0u};
     RETURN_IF_ERROR(fe.Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline()));
@@ -383,7 +386,9 @@ void Mediator::Impl::Reconcile() {
         return absl::UnavailableError("the memory table changed");
       RETURN_IF_ERROR(SendMemory());
     }
-    for (auto& [index, vring] : record_.vrings) {
+    held_rings_.clear();
+    for (uint32_t index : StartOrder()) {
+      VringRecord& vring = record_.vrings[index];
       AppliedVring& applied = link_.vrings[index];
       if (vring.started && (!applied.running || applied.must_stop)) {
         RETURN_IF_ERROR(StartVring(index));
@@ -394,7 +399,8 @@ void Mediator::Impl::Reconcile() {
         Inject(vring.call);
       }
     }
-    for (auto& [index, vring] : record_.vrings) {
+    for (uint32_t index : StartOrder()) {
+      const VringRecord& vring = record_.vrings[index];
       if (!vring.enabled || link_.enabled[index] == *vring.enabled) continue;
       VringState state{index, *vring.enabled ? 1u : 0u};
       RETURN_IF_ERROR(fe.Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline()));

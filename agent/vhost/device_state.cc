@@ -141,10 +141,13 @@ absl::Status Mediator::Impl::ExpectState(const v1::DeviceState& state) {
         RETURN_IF_ERROR(TakeOver(state));
         expected_ = state;
         expected_seen_.clear();
+        state_to_load_.reset();
+        if (state.has_backend_state()) state_to_load_ = state.backend_state();
+        link_.state_loaded = false;
         expected_result_ = state.vrings_size() == 0
                                ? absl::OkStatus()
                                : absl::UnavailableError("the VMM has not started the device yet");
-        return absl::OkStatus();
+        return EnsureStateLoaded(Deadline::After(options_.request_timeout));
       },
       Deadline::After(options_.request_timeout * 2));
 }

@@ -140,6 +140,24 @@ absl::Status Frontend::SetLogBase(uint64_t size, int fd, Deadline deadline) {
   return Call(Request::kSetLogBase, Bytes(log), {&fd, 1}, deadline).status();
 }
 
+absl::StatusOr<UniqueFd> Frontend::SetDeviceStateFd(TransferState transfer, int fd, Deadline deadline) {
+  ASSIGN_OR_RETURN(WireMessage reply, Call(Request::kSetDeviceStateFd, Bytes(transfer), {&fd, 1}, deadline));
+  if (const uint64_t error = reply.As<uint64_t>() & kTransferErrorMask; error != 0) {
+    return Error(absl::StatusCode::kFailedPrecondition,
+                 "the back-end refused SET_DEVICE_STATE_FD (result {})", error);
+  }
+  return reply.fds.empty() ? UniqueFd() : std::move(reply.fds[0]);
+}
+
+absl::Status Frontend::CheckDeviceState(Deadline deadline) {
+  ASSIGN_OR_RETURN(uint64_t result, GetU64(Request::kCheckDeviceState, deadline));
+  if (result != 0) {
+    return Error(absl::StatusCode::kFailedPrecondition,
+                 "the back-end could not transfer its state (CHECK_DEVICE_STATE: {})", result);
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Frontend::Set(Request request, std::span<const uint8_t> payload, std::span<const int> fds,
                            Deadline deadline, bool fence) {
   const bool ack = (protocol_features_ & pf::kReplyAck) != 0;

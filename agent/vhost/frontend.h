@@ -56,6 +56,11 @@ class Frontend {
                                                                        uint16_t queue_size,
                                                                        Deadline deadline);
   absl::Status SetLogBase(uint64_t size, int fd, Deadline deadline);
+  // Hands `fd` over for a transfer of device state. An invalid descriptor: the back-end uses it; a valid one:
+  // it wants that one to be used instead. FailedPrecondition: it refused.
+  absl::StatusOr<UniqueFd> SetDeviceStateFd(TransferState transfer, int fd, Deadline deadline);
+  // FailedPrecondition: the transfer failed at the back-end.
+  absl::Status CheckDeviceState(Deadline deadline);
 
   // Requests without an answer of their own: confirmed by REPLY_ACK where negotiated; otherwise sent, and
   // followed by a GET_FEATURES round trip if `fence`. kFailedPrecondition: the back-end refused.

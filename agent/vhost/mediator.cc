@@ -18,6 +18,14 @@
 
 namespace baton::vhost {
 
+namespace {
+// `timeout` of a poll (-1: none), or the time until `when` if that is sooner.
+int Sooner(int timeout, Clock::time_point when) {
+  const int until = Deadline::At(when).PollTimeoutMs();
+  return timeout < 0 ? until : std::min(timeout, until);
+}
+}  // namespace
+
 absl::StatusOr<std::vector<memory::GpaRange>> LayoutFor(const std::vector<MemoryRegionInfo>& regions,
                                                         const memory::GuestRam& ram) {
   std::vector<memory::GpaRange> layout;
@@ -106,7 +114,13 @@ void Mediator::Impl::Loop() {
       const int unmute = Deadline::At(errors_muted_until_).PollTimeoutMs();
       timeout = timeout < 0 ? unmute : std::min(timeout, unmute);
     }
+    if (!held_rings_.empty()) timeout = Sooner(timeout, held_until_);
+    if (announce_mac_) timeout = Sooner(timeout, announce_at_);
     HandleEvents(timeout);
+    if (!held_rings_.empty() && Ready()) {
+      if (absl::Status released = ReleaseHeldRings(false); !released.ok()) LoseBackend(released);
+    }
+    if (announce_mac_ && Clock::now() >= announce_at_) AnnounceNow();
     Publish();
   }
 }
@@ -324,6 +338,7 @@ absl::StatusOr<SwapResult> Mediator::Swap(const SwapOptions& wanted, std::functi
                                           Deadline deadline) {
   return impl_->Swap(wanted, std::move(record), deadline);
 }
+absl::Status Mediator::Announce(Deadline deadline) { return impl_->Announce(deadline); }
 uint64_t Mediator::wakeups() const { return impl_->wakeups(); }
 
 namespace {

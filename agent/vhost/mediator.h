@@ -192,11 +192,17 @@ class Mediator {
   // What the VMM must ask for when it starts the device. Checked queue by queue; a difference is reported in
   // Describe().message and the log, and by CheckExpected(). What is in flight is put into the in-flight
   // region, from where the back-end submits it once the device starts; DESTINATION_BACKEND_FAILED if that
-  // cannot be.
+  // cannot be. A back-end's own state (DEVICE_STATE) is loaded before any ring; a
+  // back-end that refuses it is reconnected.
   absl::Status ExpectState(const v1::DeviceState& state);
   // OK once the VMM has started the device as expected (or nothing is expected); Unavailable before it has;
   // STATE_MISMATCH with the first difference.
   absl::Status CheckExpected() const;
+  // After the guest has started: makes the network learn where a NIC is now. A guest that negotiated
+  // GUEST_ANNOUNCE is asked by its configuration space where the VMM takes that from the back-end (else it is
+  // the VMM's to ask); for others the back-end sends RARP (protocol feature RARP), repeated for half a
+  // second. Does nothing for other devices.
+  absl::Status Announce(Deadline deadline);
 
   // --- back-end swap ---
   // Gives the device to another back-end: connects to it and tells it everything but the rings, takes the

@@ -9,6 +9,7 @@
 //   device_state.cc     the state out of it and into it
 //   swap.cc             another back-end under the running guest
 //   device_events.cc    errors that the back-end tells of
+//   device_transfer.cc  the back-end's own state, announcements
 #pragma once
 
 #include <atomic>
@@ -74,6 +75,7 @@ struct Link {
   bool memory_stale = false;
   bool inflight_sent = false;
   bool log_sent = false;
+  bool state_loaded = false;  // the device state that this connection has to begin with
   std::map<uint32_t, AppliedVring> vrings;
   std::map<uint32_t, bool> enabled;
   Clock::time_point hello_until{};
@@ -109,6 +111,7 @@ class Mediator::Impl {
   // swap.cc
   absl::StatusOr<SwapResult> Swap(const SwapOptions& wanted, std::function<absl::Status()> record,
                                   Deadline deadline);
+  absl::Status Announce(Deadline deadline);
   Duration request_timeout() const { return options_.request_timeout; }
 
  private:
@@ -245,6 +248,14 @@ class Mediator::Impl {
   // --- ring_control.cc, ring_stop.cc ---
   // Where the back-end is to begin with the ring.
   absl::StatusOr<uint32_t> ResolveBase(uint32_t index);
+  // The rings of the record in the order in which they are to start: of a NIC the receive queues first, so
+  // that what the first transmitted packet provokes finds buffers.
+  std::vector<uint32_t> StartOrder() const;
+  // At the destination of a migration a NIC's transmit queue waits for the receive queues that ran at the
+  // source: true if this one has to. Bounded by ReleaseHeldRings.
+  bool MustHold(uint32_t index) const;
+  // Starts held rings: those that need not wait any more, or all of them (`force`, or their time is over).
+  absl::Status ReleaseHeldRings(bool force);
   absl::Status StartVring(uint32_t index);
   // Asks the back-end for the base and watches the ring drain, until `deadline`. Returns what to tell the
   // VMM.
@@ -306,6 +317,14 @@ class Mediator::Impl {
   Deadline StopDeadline(bool begin);
   bool Armed() const;
 
+  // --- device_transfer.cc ---
+  // Adds the back-end's own state to what the rings gave, where it has one.
+  absl::Status SaveStateInto(v1::DeviceState* out, Deadline deadline);
+  // Hands a state that waits to be loaded to this connection's back-end, once, before its first ring.
+  absl::Status EnsureStateLoaded(Deadline deadline);
+  // The next of a series of announcements is due.
+  void AnnounceNow();
+
   // options_.backend and quirks_ follow a swap; the thread's. The rest is constant.
   MediatorOptions options_;
   const MediatorCallbacks callbacks_;
@@ -349,6 +368,14 @@ class Mediator::Impl {
   std::optional<v1::DeviceState> expected_;
   absl::Status expected_result_;
   std::vector<uint32_t> expected_seen_;
+  // From the source, until the first ring runs with it.
+  std::optional<std::string> state_to_load_;
+  // Transmit queues that the VMM has started and that wait (see MustHold), and until when.
+  std::vector<uint32_t> held_rings_;
+  Clock::time_point held_until_{};
+  std::optional<uint64_t> announce_mac_;  // SEND_RARP's payload
+  size_t announced_ = 0;
+  Clock::time_point announce_at_{};
 
   // Shared with callers.
   UniqueFd wake_;

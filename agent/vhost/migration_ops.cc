@@ -98,8 +98,11 @@ absl::StatusOr<v1::DeviceState> Mediator::Impl::CollectState(Deadline deadline) 
   }
   auto state = std::make_shared<absl::StatusOr<v1::DeviceState>>(absl::InternalError("no state"));
   RETURN_IF_ERROR(Run(
-      [this, state] {
+      [this, state, deadline] {
         *state = BuildState();
+        if (state->ok()) {
+          if (absl::Status saved = SaveStateInto(&**state, deadline); !saved.ok()) *state = saved;
+        }
         return absl::OkStatus();
       },
       deadline));

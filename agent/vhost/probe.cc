@@ -7,6 +7,7 @@
 #include "agent/vhost/inflight_answer.h"
 #include "agent/vhost/quirks.h"
 #include "agent/virtio/features.h"
+#include "agent/virtio/net_protocol.h"
 #include "common/finding.h"
 
 namespace baton::vhost {
@@ -167,6 +168,19 @@ std::vector<v1::Finding> Compare(const v1::Device& source, const v1::Device& des
           "can "
           "hand over (docs/backends.md), or configure their kind and a fence");
     }
+  }
+  if (source.protocol_features() & ~destination.offered_protocol_features() & pf::kDeviceState) {
+    add(v1::BLOCKER, "NO_DEVICE_STATE",
+        "the source's back-end has a state of its own (DEVICE_STATE) that the destination's cannot load",
+        "use a back-end of the same kind and version at the destination");
+  }
+  if (net && !(acked & virtio::kNetFGuestAnnounce) &&
+      !(destination.offered_protocol_features() & pf::kRarp)) {
+    add(v1::WARNING, "NO_ANNOUNCEMENT",
+        "the guest does not announce itself (GUEST_ANNOUNCE) and the destination's back-end sends no RARP: "
+        "the "
+        "network learns where the VM is only when it transmits",
+        "use a back-end with RARP at the destination, or a guest driver with GUEST_ANNOUNCE");
   }
   uint32_t queues = 0;
   for (const v1::Queue& q : source.queues()) {

@@ -59,6 +59,41 @@ absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
   return recovered->base;
 }
 
+std::vector<uint32_t> Mediator::Impl::StartOrder() const {
+  std::vector<uint32_t> order;
+  for (const auto& [index, vring] : record_.vrings) order.push_back(index);
+  if (options_.spec.class_() == v1::NET)
+    std::stable_partition(order.begin(), order.end(), [](uint32_t index) { return index % 2 == 0; });
+  return order;
+}
+
+bool Mediator::Impl::MustHold(uint32_t index) const {
+  if (options_.spec.class_() != v1::NET || index % 2 == 0) return false;
+  // Only at a destination, and only as long as the VMM does what is expected.
+  if (!expected_ || !absl::IsUnavailable(expected_result_)) return false;
+  return std::any_of(expected_->vrings().begin(), expected_->vrings().end(), [&](const v1::VringState& v) {
+    if (v.index() % 2 != 0 || !v.enabled()) return false;
+    auto it = record_.vrings.find(v.index());
+    return it == record_.vrings.end() || !it->second.started;
+  });
+}
+
+absl::Status Mediator::Impl::ReleaseHeldRings(bool force) {
+  force |= Clock::now() >= held_until_;
+  std::vector<uint32_t> held;
+  held.swap(held_rings_);
+  for (size_t i = 0; i < held.size(); ++i) {
+    const uint32_t index = held[i];
+    if (!record_.vrings[index].started) continue;
+    if (!force && MustHold(index)) {
+      held_rings_.push_back(index);
+      continue;
+    }
+    if (absl::Status started = StartVring(index); !started.ok()) return started;
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Mediator::Impl::StartVring(uint32_t index) {
   VringRecord& vring = record_.vrings[index];
   Frontend& fe = *link_.frontend;
@@ -69,6 +104,7 @@ absl::Status Mediator::Impl::StartVring(uint32_t index) {
     LOG_DEBUG("device {}: ring {} had come to {}", name(), index, ignored);
     applied = AppliedVring();
   }
+  RETURN_IF_ERROR(EnsureStateLoaded(RequestDeadline()));
   Recall(index);
   RETURN_IF_ERROR(LiftFence());
   RETURN_IF_ERROR(EnsureInflight());
@@ -90,6 +126,8 @@ absl::Status Mediator::Impl::StartVring(uint32_t index) {
   AppliedVring& applied = link_.vrings[index];
   applied = AppliedVring{.running = true, .call_stale = false, .must_stop = false, .base = std::nullopt};
   vring.lost = false;
+  // From now on the back-end's state is its own; a later one begins without it.
+  state_to_load_.reset();
   Inject(vring.call);
   return absl::OkStatus();
 }

@@ -14,6 +14,9 @@ namespace {
 
 // A front-end writes a message with one call; one that stops half-way is broken.
 constexpr auto kMessageTime = std::chrono::seconds(2);
+// How long a transmit queue waits for receive queues that the VMM has not started yet; a VMM starts all its
+// rings in a few milliseconds.
+constexpr auto kHoldTx = std::chrono::milliseconds(500);
 // Writes to the configuration space that are kept for a rebuild; more than a driver ever makes.
 constexpr size_t kMaxConfigWrites = 64;
 
@@ -65,6 +68,8 @@ void Mediator::Impl::EndVmmSession() {
   vmm_.Close();
   const bool used = record_.features.has_value() || !record_.memory.empty();
   record_ = DeviceRecord();
+  held_rings_.clear();
+  announce_mac_.reset();
   expected_seen_.clear();
   if (!used) return;
   ForgetErrors();
@@ -315,6 +320,7 @@ absl::Status Mediator::Impl::OnGetVringBase(const WireMessage& m) {
   if (vring.started) {
     if (Armed() && !std::exchange(stop_.begun, true)) StopAllRings();
     vring.started = false;
+    std::erase(held_rings_, state.index);
     told = StopVring(state.index);
     vring.told = told;
     stop_ended_ = Clock::now();
@@ -334,6 +340,8 @@ absl::Status Mediator::Impl::OnNotifier(WireMessage& m, absl::Status* refused) {
   if (m.request() == Request::kSetVringKick) {
     vring.kick = std::move(fresh);
     if (vring.started) {
+      if (std::count(held_rings_.begin(), held_rings_.end(), index))
+        return absl::OkStatus();  // sent with its start
       return Ready() ? Forward(SendNotifier(Request::kSetVringKick, index, vring.kick), refused)
                      : absl::OkStatus();
     }
@@ -341,10 +349,17 @@ absl::Status Mediator::Impl::OnNotifier(WireMessage& m, absl::Status* refused) {
     RETURN_IF_ERROR(Annotate(
         record_.packed() ? record_.Packed(index).status() : record_.Split(index).status(), "SET_VRING_KICK"));
     vring.started = true;
+    if (Ready() && MustHold(index)) {
+      // The VMM is answered at once: it has still to start the receive queues that this one waits for.
+      if (held_rings_.empty()) held_until_ = Clock::now() + kHoldTx;
+      held_rings_.push_back(index);
+      return absl::OkStatus();
+    }
     if (Ready()) {
       // What the back-end refuses here leaves the ring stopped, like a SET_VRING_KICK that it refused
       // directly.
       absl::Status started = StartVring(index);
+      if (started.ok()) started = ReleaseHeldRings(false);
       if (absl::IsFailedPrecondition(started) && (ReasonOf(started) == v1::INFLIGHT_UNKNOWN || fenced_)) {
         Hold(started);
         return absl::OkStatus();
@@ -438,6 +453,7 @@ absl::Status Mediator::Impl::OnStatus(const WireMessage& m, absl::Status* refuse
 }
 
 absl::Status Mediator::Impl::OnResetDevice(absl::Status* refused) {
+  held_rings_.clear();
   for (auto& [index, vring] : record_.vrings) {
     vring.started = false;
     vring.enabled.reset();

@@ -320,6 +320,13 @@ absl::Status ValidateReply(Request request, const WireMessage& reply, uint32_t s
       if (size != sizeof(InflightDescription)) return invalid(fmt::format("{} bytes instead of 24", size));
       fds = 1;
       break;
+    case Request::kSetDeviceStateFd: {
+      if (size != 8) return invalid(fmt::format("{} bytes instead of 8", size));
+      // Never a descriptor with an error; else one unless bit 8 says that ours is used.
+      const uint64_t value = reply.As<uint64_t>();
+      fds = (value & kTransferErrorMask) == 0 && !(value & kTransferNoFd) ? 1 : 0;
+      break;
+    }
     default:
       if (size != 8) return invalid(fmt::format("{} bytes instead of 8", size));
   }

@@ -55,6 +55,8 @@ enum class Request : uint32_t {
   kRemMemReg = 38,
   kSetStatus = 39,
   kGetStatus = 40,
+  kSetDeviceStateFd = 42,
+  kCheckDeviceState = 43,
   kGetVringBaseSkipDrain = 45,
 };
 
@@ -80,6 +82,7 @@ constexpr uint64_t kInflightShmfd = 1u << 12;
 constexpr uint64_t kResetDevice = 1u << 13;
 constexpr uint64_t kConfigureMemSlots = 1u << 15;
 constexpr uint64_t kStatus = 1u << 16;
+constexpr uint64_t kDeviceState = 1u << 19;
 // GET_VRING_BASE stops without completing what is in flight, always. rust-vmm before 2026-03 has SHMEM here.
 constexpr uint64_t kGetVringBaseInflight = 1u << 20;
 // GET_VRING_BASE_SKIP_DRAIN does, and GET_VRING_BASE completes.
@@ -113,6 +116,15 @@ struct Header {
   uint32_t size = 0;
 };
 static_assert(sizeof(Header) == 12);
+
+// Payload of SET_DEVICE_STATE_FD. Its answer: bits 0-7 not zero: failed; bit 8: no descriptor attached.
+struct TransferState {
+  uint32_t direction;  // 0 save, 1 load
+  uint32_t phase;      // 0: all rings stopped
+};
+static_assert(sizeof(TransferState) == 8);
+inline constexpr uint64_t kTransferErrorMask = 0xff;
+inline constexpr uint64_t kTransferNoFd = 1u << 8;
 
 struct VringState {
   uint32_t index;

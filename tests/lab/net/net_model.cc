@@ -154,6 +154,14 @@ void NetModel::BuildConfig() {
 }
 
 absl::Status NetModel::WriteConfig(uint32_t offset, std::span<const uint8_t> data, bool migration) {
+  // At a destination: the status, whose ANNOUNCE bit asks the guest to make itself known.
+  if (migration && offset == 6 && data.size() == 2) {
+    if ((data[0] & virtio::kNetStatusAnnounce) && !(features_ & virtio::kNetFGuestAnnounce))
+      return absl::InvalidArgumentError("the driver did not accept GUEST_ANNOUNCE");
+    state_.announce_pending = (data[0] & virtio::kNetStatusAnnounce) != 0;
+    BuildConfig();
+    return absl::OkStatus();
+  }
   // Only the address, and only as long as the control queue is not there to set it (VIRTIO 1.4, 5.1.4).
   if (offset != 0 || data.size() != 6 || (!migration && (features_ & virtio::kNetFCtrlMacAddr)))
     return absl::InvalidArgumentError("the configuration of a NIC is read-only");
