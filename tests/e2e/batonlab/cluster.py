@@ -279,6 +279,8 @@ class Cluster:
         os.makedirs(lab.memory_dir, exist_ok=True)
         self.images = [os.path.join(lab.dir, f"disk{number}.img") for number in range(2 if second_disk else 1)]
         self.image = self.images[0]
+        # Of the guest, beside its disk: fields of a DeviceSpec.
+        self.extra_devices = []
         for image in self.images:
             with open(image, "wb") as file:
                 file.truncate(64 << 20)
@@ -345,6 +347,8 @@ class Cluster:
         path = os.path.join(self.lab.dir, f"{name}.yaml")
         with open(path, "w", encoding="utf-8") as file:
             file.write(yaml(spec) + "\ndevices:\n  - name: disk0\n    class: blk\n")
+            for device in self.extra_devices:
+                file.write("  - " + "\n    ".join(f"{key}: {json.dumps(value)}" for key, value in device.items()) + "\n")
         return path
 
     def start_guest(self, host="a", name="vm1", cmdline="", **fields):

@@ -73,7 +73,9 @@ absl::StatusOr<UmlGuest> UmlGuest::Start(const Options& o) {
   const std::string initrd = o.directory + "/initrd";
   if (!std::filesystem::exists(initrd)) {
     SpawnOptions build;
-    build.argv = {std::string(BATON_SOURCE_DIR) + "/tests/lab/uml/build.sh", BATON_UML_WORKLOAD, initrd};
+    build.argv = {std::string(BATON_SOURCE_DIR) + "/tests/lab/uml/build.sh",
+                  o.net ? BATON_UML_NET_WORKLOAD : BATON_UML_WORKLOAD, initrd};
+    if (o.net) build.argv.insert(build.argv.end(), {"failover", "net_failover", "virtio_net"});
     ASSIGN_OR_RETURN(CommandOutput built, RunCommand(build, Deadline::After(seconds(60))));
     if (!built.status.ok()) return absl::InternalError("build.sh: " + built.err);
   }
@@ -85,7 +87,10 @@ absl::StatusOr<UmlGuest> UmlGuest::Start(const Options& o) {
                 // Linux reports free pages only while it has more than 128 MiB of them.
                 o.balloon ? "mem=320M" : "mem=128M", "initrd=" + initrd, "rdinit=/init", "con=null",
                 "con0=fd:0,fd:1", "uml_dir=" + o.directory, "quiet",
-                fmt::format("virtio_uml.device={}:{}", o.socket, o.balloon ? 5 : 2),
+                fmt::format("virtio_uml.device={}:{}", o.socket,
+                            o.net       ? 1
+                            : o.balloon ? 5
+                                        : 2),
                 fmt::format("lab.balloon={}", o.balloon ? 1 : 0), fmt::format("lab.threads={}", o.threads),
                 fmt::format("lab.report={}", o.report)};
   spawn.stdin_fd = in_read.get();

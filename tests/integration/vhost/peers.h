@@ -46,7 +46,7 @@ class Qsd {
 
 absl::Status MakeSparseFile(const std::string& path, uint64_t size);
 
-// linux.uml with one vhost-user device and the workload of tests/lab/uml as its init.
+// linux.uml with one vhost-user device and a workload of tests/lab/uml as its init.
 class UmlGuest {
  public:
   struct Options {
@@ -56,6 +56,8 @@ class UmlGuest {
     std::string directory;  // for UML's own files
     // Instead of a disk: a balloon at `socket`, and the workload of tests/lab/uml/memory.cc.
     bool balloon = false;
+    // Instead of a disk: a NIC, and the workload of tests/lab/uml/net_workload.cc.
+    bool net = false;
   };
   static absl::StatusOr<UmlGuest> Start(const Options& options);
   // Waits for a line with `text` after the last one returned.

@@ -29,9 +29,11 @@ const std::map<std::string, uint64_t> kFeatures = {
     {"packed", virtio::kFRingPacked},     {"in-order", virtio::kFInOrder},
     {"log-all", virtio::kVhostFLogAll},   {"partial-order", virtio::kFPartialOrder},
     {"suspend", virtio::Bit(43)},         {"flush", virtio::Bit(9)},
-    {"discard", virtio::Bit(13)},         {"write-zeroes", virtio::Bit(14)}};
+    {"discard", virtio::Bit(13)},         {"write-zeroes", virtio::Bit(14)},
+    {"guest-announce", virtio::Bit(21)}};
 const std::map<std::string, uint64_t> kProtocol = {
     {"mq", pf::kMq},
+    {"rarp", pf::kRarp},
     {"log-shmfd", pf::kLogShmfd},
     {"reply-ack", pf::kReplyAck},
     {"config", pf::kConfig},

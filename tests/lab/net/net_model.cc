@@ -214,6 +214,7 @@ virtio::NetState NetModel::Effective() const {
 
 void NetModel::Started(uint32_t queue) {
   if (queue < started_.size()) started_[queue] = true;
+  loaded_ = false;
 }
 
 void NetModel::Replay(IoRequest* request) {
@@ -362,6 +363,9 @@ void NetModel::Forward(std::span<const uint8_t> frame, int port) {
 
 void NetModel::ToGuest(std::span<const uint8_t> frame) {
   if (!(status_ & virtio::kNetStatusLinkUp)) return;
+  // Nobody is there to receive, nor about to be: such packets would be old news when somebody is.
+  if (!loaded_ && std::none_of(started_.begin(), started_.end(), [](bool started) { return started; }))
+    return;
   if (backlog_.empty() && Deliver(frame)) return;
   if (backlog_.size() >= kBacklogFrames || backlog_bytes_ + frame.size() > kBacklogBytes) {
     ++host_->Counter("rx_dropped");
@@ -481,6 +485,7 @@ void NetModel::Reset() {
   started_.assign(Queues(), false);
   backlog_.clear();
   backlog_bytes_ = 0;
+  loaded_ = false;
   BuildConfig();
 }
 
@@ -559,6 +564,7 @@ absl::Status NetModel::LoadState(const std::string& state) {
   }
   backlog_ = std::move(backlog);
   backlog_bytes_ = bytes;
+  loaded_ = true;
   BuildConfig();
   return absl::OkStatus();
 }

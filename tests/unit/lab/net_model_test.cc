@@ -339,6 +339,41 @@ TEST_F(NetModelTest, BrokenState_IsRefusedAndChangesNothing) {
   EXPECT_TRUE(other.model->LoadState(sound).ok()) << "one pair in use fits a smaller device";
 }
 
+TEST_F(NetModelTest, PacketsForNobody_AreNotKept) {
+  Side a(1), b(2);
+  Join(a, b);
+  a.Begin();
+  b.Begin();
+  a.StartRings();
+  a.Send(1, b.mac, 1);
+  b.host.ServeWires();
+  b.StartRings();
+  b.Buffers(0, 4);
+  EXPECT_TRUE(b.host.completed[0].empty());
+}
+
+TEST_F(NetModelTest, SteeringProposal_RuleIsInTheConfigurationSpace) {
+  FakeHost host;
+  NetModelOptions options;
+  options.max_pairs = 4;
+  options.steering = true;
+  auto model = NetModel::Create(options);
+  ASSERT_TRUE(model.ok());
+  (*model)->Attach(&host);
+  (*model)->FeaturesAccepted(virtio::kFVersion1 | virtio::kNetFCtrlVq | virtio::kNetFSteering);
+  for (uint32_t queue = 0; queue < (*model)->Queues(); ++queue) {
+    host.running[queue] = true;
+    (*model)->Started(queue);
+  }
+  auto chain = host.Add(2, {4, 0, 2, 0, 3, 0}, 1);
+  (*model)->Available(2);
+  EXPECT_EQ(chain->in[0], virtio::kNetAckOk);
+  auto config = (*model)->Config();
+  EXPECT_EQ(config[8], 4) << "max_virtqueue_pairs";
+  EXPECT_EQ(config[10], 2) << "receive follows transmit";
+  EXPECT_EQ(config[12], 3) << "param";
+}
+
 TEST_F(NetModelTest, Rarp_IsSeenOnTheWireWithTheAddress) {
   Side a(1), b(2);
   Join(a, b);
