@@ -8,6 +8,7 @@
   handoff   the blackout of a guest with 32 requests in flight on a disk that takes a second for each: handed off, drained,
             with an idle disk, and moved by QEMU itself
   stop      Baton's own time to stop a device of 64 queues with 256 requests in flight each, and to collect them
+  hints     8 GiB of memory, 1 GiB live, the rest dirtied and freed: moved with free page hints and without
 """
 import argparse
 import json
@@ -261,6 +262,18 @@ def stop(lab, runs):
     return [(f"stop and collect 64 x 256, {name}, ms (at most 1)", value) for name, value in figures.items()]
 
 
+def hints(lab, runs):
+    """8 GiB of which 1 GiB is live; the rest was dirtied and freed. Needs 16 GiB of memory."""
+    output = subprocess.run([lab.program("bench_hints"), "--rounds", str(min(runs, 3))], check=True,
+                            stdout=subprocess.PIPE, text=True).stdout
+    *table, figures = output.strip().splitlines()
+    for line in table:
+        say("  " + line)
+    figures = json.loads(figures)
+    return [("hints, bytes sent / bytes live (at most 1.1)", figures["bytes_ratio"]),
+            ("hints, time with / without (at most 0.25)", figures["time_ratio"])]
+
+
 def usage(pid):
     with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
         fields = stat.read().rsplit(")", 1)[1].split()
@@ -288,7 +301,7 @@ def order(lab, runs):
 
 
 BENCHMARKS = {"blackout": blackout, "memory": memory, "idle": idle, "order": order, "handoff": handoff,
-              "stop": stop}
+              "stop": stop, "hints": hints}
 
 
 def main():
