@@ -1,4 +1,5 @@
 // The mediator between QEMU and qemu-storage-daemon, through every step that a migration takes of a device.
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -8,10 +9,13 @@
 
 #include "agent/vhost/mediator.h"
 #include "agent/vhost/probe.h"
+#include "agent/virtio/features.h"
 #include "agent/vmm/qmp/qmp_driver.h"
 #include "common/log.h"
 #include "tests/integration/shim/real_peers.h"
 #include "tests/integration/vhost/peers.h"
+#include "tests/lab/device/control_client.h"
+#include "tests/lab/device/journal.h"
 
 namespace baton::test {
 namespace {
@@ -25,6 +29,7 @@ Deadline Soon() { return Deadline::After(seconds(20)); }
 struct Side {
   std::string run_dir, backend;
   std::optional<Qsd> qsd;
+  std::optional<Process> lab;  // instead of it
   std::unique_ptr<memory::GuestRam> ram;
   std::unique_ptr<vhost::Mediator> mediator;
   std::unique_ptr<Console> console;
@@ -52,7 +57,34 @@ class QemuMediator : public ::testing::Test {
     }
   }
 
+  // With control socket; returns when it listens.
+  void StartLab(Side& side) {
+    side.lab.reset();
+    int out[2];
+    ASSERT_EQ(::pipe2(out, O_CLOEXEC), 0);
+    UniqueFd in(out[0]), theirs(out[1]);
+    SpawnOptions spawn;
+    spawn.argv = {BATON_LAB_DEVICE, "--socket",    side.backend, "--image",      image_,
+                  "--control",      Control(side), "--journal",  image_ + ".log"};
+    spawn.argv.insert(spawn.argv.end(), lab_args_.begin(), lab_args_.end());
+    spawn.stdout_fd = theirs.get();
+    spawn.stderr_fd = 2;
+    auto process = Process::Spawn(spawn);
+    ASSERT_TRUE(process.ok()) << process.status();
+    side.lab.emplace(*std::move(process));
+    theirs.reset();
+    char ready[6];
+    ASSERT_EQ(::read(in.get(), ready, sizeof ready), static_cast<ssize_t>(sizeof ready));
+  }
+  static std::string Control(const Side& side) { return side.backend + ".ctl"; }
+  nlohmann::json AskLab(Side& side, const nlohmann::json& command) {
+    auto answer = lab::CallLabDevice(Control(side), command, Soon());
+    EXPECT_TRUE(answer.ok()) << answer.status();
+    return answer.ok() ? *answer : nlohmann::json::object();
+  }
+
   void StartQsd(Side& side, int iops = 0) {
+    if (use_lab_) return StartLab(side);
     side.qsd.reset();
     auto qsd = Qsd::Start({.socket = side.backend, .image = image_, .queues = 1, .iops = iops});
     ASSERT_TRUE(qsd.ok()) << qsd.status();
@@ -74,7 +106,7 @@ class QemuMediator : public ::testing::Test {
     vhost::MediatorOptions options;
     options.spec = spec_.devices(0);
     options.backend.set_socket(side.backend);
-    options.backend.set_kind(v1::QEMU_STORAGE_DAEMON);
+    options.backend.set_kind(use_lab_ ? v1::LAB : v1::QEMU_STORAGE_DAEMON);
     options.listen_path = vmm::DeviceSocketPath(side.run_dir, "disk0");
     options.request_timeout = seconds(2);
     options.ram = side.ram.get();
@@ -129,6 +161,8 @@ class QemuMediator : public ::testing::Test {
   TempDirs dirs_;
   const std::string image_ = dirs_.dir() + "/disk.img";
   v1::VmSpec spec_;
+  bool use_lab_ = false;
+  std::vector<std::string> lab_args_;
   Side a_, b_;
 };
 
@@ -279,6 +313,48 @@ TEST_F(QemuMediator, DeviceMovesToAnotherBackend) {
   absl::Status expected = b_.mediator->CheckExpected();
   EXPECT_TRUE(expected.ok()) << expected;
   ExpectChecked(b_);
+}
+
+// The lab device under a real Linux guest: what other tests take for granted when they use it.
+TEST_F(QemuMediator, LabDeviceServesAndStopsPackedRings) {
+  use_lab_ = true;
+  lab_args_ = {"--latency-max-us", "500"};
+  spec_.add_extra_args("-global");
+  spec_.add_extra_args("vhost-user-blk.packed=on");
+  ASSERT_NO_FATAL_FAILURE(Boot(a_));
+  ASSERT_NO_FATAL_FAILURE(ExpectRuns(a_));
+  EXPECT_NE(AskLab(a_, {{"cmd", "stats"}})["features"].get<uint64_t>() & virtio::kFRingPacked, 0u);
+  ASSERT_TRUE(a_.mediator->ArmStop(seconds(5)).ok());
+  auto frozen = a_.driver->Freeze(Soon());
+  ASSERT_TRUE(frozen.ok()) << frozen.status();
+  auto state = a_.mediator->CollectState(Soon());
+  ASSERT_TRUE(state.ok()) << state.status();
+  ASSERT_TRUE(a_.driver->Resume(Soon()).ok());
+  ASSERT_TRUE(a_.mediator->DisarmStop().ok());
+  ASSERT_NO_FATAL_FAILURE(ExpectRuns(a_));
+  ExpectChecked(a_);
+}
+
+// Killed at points where a completion is half published; the next one goes on from the in-flight region.
+TEST_F(QemuMediator, LabDeviceKilledAtAnyPointLosesNothing) {
+  use_lab_ = true;
+  lab_args_ = {"--latency-max-us", "500", "--without", "packed", "--base", "ignored"};
+  ASSERT_NO_FATAL_FAILURE(Boot(a_));
+  uint32_t round = 0;
+  for (const char* point : {"fetch_flag", "after_io", "after_link", "after_publish"}) {
+    ASSERT_NO_FATAL_FAILURE(ExpectRuns(a_));
+    AskLab(a_, {{"cmd", "set"}, {"crash_at", point}, {"crash_after", 3}});
+    auto ended = a_.lab->Wait(Soon());
+    ASSERT_TRUE(ended.ok()) << point << ": " << ended.status();
+    ASSERT_NO_FATAL_FAILURE(StartQsd(a_));
+    ASSERT_NO_FATAL_FAILURE(ExpectRuns(a_));
+    EXPECT_EQ(a_.mediator->Describe().reconnects(), ++round);
+  }
+  ExpectChecked(a_);
+  auto records = lab::ReadJournal(image_ + ".log");
+  ASSERT_TRUE(records.ok()) << records.status();
+  auto verdict = lab::CheckJournal(*records);
+  EXPECT_TRUE(verdict.ok()) << verdict.status();
 }
 
 }  // namespace

@@ -563,7 +563,8 @@ void BlkModel::OperationEnded(Work& w, int result) {
     CopyIn(*w.io, w.io->writable_bytes - 1 - sizeof w.sector, &w.sector, sizeof w.sector);
     w.written = static_cast<uint32_t>(w.io->writable_bytes);
   }
-  if (result == 0) Executed(w);
+  // A discard that is given up may have segments left.
+  if (result == 0 && !(segments && w.abandon)) Executed(w);
   if (w.abandon && IsIdempotent(w.type)) {
     Abandon(w);
     return;
