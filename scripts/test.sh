@@ -110,7 +110,10 @@ stage_fuzz() { check "build fuzz" build fuzz fuzzers && tests fuzz -L fuzz -j2; 
 
 stage_e2e() { check "build $preset" build "$preset" && tests "$preset" -L e2e; }
 
-stage_demo() { check "demo" ./dev demo --plain; }
+stage_demo() {
+  check "demo" ./dev demo --plain
+  check "demo of the lab guest" ./dev demo --lab --plain
+}
 
 stage_quick() {
   check "lint format" scripts/lint.sh format

@@ -1,4 +1,5 @@
-"""./dev demo: a Linux guest that writes to its vhost-user disk all the time moves to another host and back."""
+"""./dev demo: a Linux guest that writes to its vhost-user disk all the time moves to another host and back. With --lab
+the guest is baton-lab-guest (docs/lab.md), and no QEMU runs."""
 import argparse
 import os
 import subprocess
@@ -7,6 +8,9 @@ import sys
 from batonlab import kvm
 from batonlab.cluster import Cluster, build_guest, seconds
 from batonlab.lab import Lab, LabError
+
+# A guest that is busy with disk and memory, and small enough that its check takes no time.
+LAB_OPTIONS = "lab.writers=8 lab.blocks=4096 lab.pages=8192 lab.dirty=4000"
 
 KINDS = [("data", "sent as data"), ("resent", "of it sent again"), ("zero", "zero pages, sent as runs"),
          ("hole_skipped", "never touched, not sent"), ("hint_skipped", "free, not sent"),
@@ -72,16 +76,22 @@ def figures(title, migration, guest):
             f"{size(int(item.get('bytes', 0))):>10}  {seconds(item.get('duration')) * 1000:8.1f} ms")
 
 
-def demo(lab, arguments):
+def choose_accelerator(lab, arguments):
     guest_dir = build_guest(lab)
     accelerated = not arguments.tcg and kvm.works(guest_dir, lab.environment())
     say("accelerator: " + ("KVM" if accelerated else "TCG (no trial boot under KVM)" if arguments.tcg
                            else "TCG (a trial boot under KVM did not work)"))
-    with Cluster(lab, kvm=accelerated) as cluster:
+    return accelerated
+
+
+def demo(lab, arguments):
+    accelerated = not arguments.lab and choose_accelerator(lab, arguments)
+    with Cluster(lab, kvm=accelerated, lab_guest=arguments.lab) as cluster:
         say("\n$ batonctl get hosts")
         say(cluster.ctl("get", "hosts").stdout.rstrip())
-        say("\nstarting a Linux guest on host a, with a vhost-user disk that host b has as well")
-        guest = cluster.start_guest("a")
+        kind = "lab" if arguments.lab else "Linux"
+        say(f"\nstarting a {kind} guest on host a, with a vhost-user disk that host b has as well")
+        guest = cluster.start_guest("a", cmdline=LAB_OPTIONS if arguments.lab else "")
         say("$ batonctl get vms")
         say(cluster.ctl("get", "vms").stdout.rstrip())
         # Without a terminal batonctl prints plain lines.
@@ -100,10 +110,11 @@ def demo(lab, arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bin", required=True, help="directory of the programs")
+    parser.add_argument("--lab", action="store_true", help="with the lab guest instead of QEMU and Linux")
     parser.add_argument("--tcg", action="store_true", help="do not try KVM")
     parser.add_argument("--plain", action="store_true", help="no live display, as in a pipe")
     arguments = parser.parse_args()
-    lab = Lab("demo", arguments.bin)
+    lab = Lab("demo-lab" if arguments.lab else "demo", arguments.bin)
     try:
         with lab:
             demo(lab, arguments)

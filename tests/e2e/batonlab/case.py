@@ -21,6 +21,8 @@ def too_long(number, frame):
 class ClusterTest(unittest.TestCase):
     SECURE = False
     SMALL_DISKS = False
+    # VMs are the lab guest, which starts in milliseconds, instead of QEMU with Linux.
+    LAB_GUEST = False
     QEMU = None
     # QEMU of the specs, a key of QEMU.
     SPEC = {}
@@ -56,7 +58,8 @@ class ClusterTest(unittest.TestCase):
             cls.lab = Lab(os.path.join("e2e", f"{cls.__name__}-{self._testMethodName}"), BIN)
             try:
                 cls.cluster = Cluster(cls.lab, secure=cls.SECURE, qemu=cls.QEMU, storage_program=cls.STORAGE,
-                                      small_disks=cls.SMALL_DISKS, lab_storage=cls.LAB_STORAGE)
+                                      small_disks=cls.SMALL_DISKS, lab_storage=cls.LAB_STORAGE,
+                                      lab_guest=cls.LAB_GUEST)
                 cls.cluster.__enter__()
             except BaseException:
                 cls.drop_cluster()

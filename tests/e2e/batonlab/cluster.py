@@ -255,7 +255,7 @@ class Agent:
         return self.cluster.lab.find(program, host=self.name)
 
     def qemus(self):
-        return self.find("qemu-system")
+        return self.find("baton-lab-guest" if self.cluster.lab_guest else "qemu-system")
 
     def shims(self):
         return self.find("baton-shim")
@@ -269,13 +269,17 @@ class Agent:
 class Cluster:
     """`with Cluster(lab) as cluster`: everything up, no guest yet. `secure`: namespaces and TLS instead of loopback;
     `small_disks`: each host's state directory is a SmallDisk; `lab_storage`: options of the lab device, which then
-    serves the disks instead of qemu-storage-daemon."""
+    serves the disks instead of qemu-storage-daemon; `lab_guest`: VMs are baton-lab-guest instead of QEMU and Linux."""
 
     def __init__(self, lab, secure=False, qemu=None, kvm=False, storage_program="qemu-storage-daemon",
-                 second_disk=False, small_disks=False, lab_storage=None):
+                 second_disk=False, small_disks=False, lab_storage=None, lab_guest=False):
         self.lab_storage = lab_storage
         self.lab, self.kvm, self.storage_program, self.small_disks = lab, kvm, storage_program, small_disks
-        self.qemu = qemu or {"default": {"path": "/usr/bin/qemu-system-x86_64"}}
+        self.lab_guest = lab_guest
+        self.qemu = dict(qemu or {"default": {"path": lab.program("baton-lab-guest") if lab_guest
+                                              else "/usr/bin/qemu-system-x86_64"}})
+        if lab_guest:
+            self.qemu["lab"] = {"path": lab.program("baton-lab-guest")}
         os.makedirs(lab.memory_dir, exist_ok=True)
         self.images = [os.path.join(lab.dir, f"disk{number}.img") for number in range(2 if second_disk else 1)]
         self.image = self.images[0]
@@ -284,7 +288,7 @@ class Cluster:
         for image in self.images:
             with open(image, "wb") as file:
                 file.truncate(64 << 20)
-        self.guest_dir = build_guest(lab)
+        self.guest_dir = None if lab_guest else build_guest(lab)
         self.network = Namespaces(lab) if secure else Loopback()
         self.authority = Authority(os.path.join(lab.dir, "tls")) if secure else None
         self.operator = self.authority.issue("operator", "/CN=admin:lab") if secure else None
@@ -340,8 +344,9 @@ class Cluster:
                 "kernel": os.path.join(self.guest_dir, "vmlinuz"),
                 "initrd": os.path.join(self.guest_dir, "initrd.gz"),
                 "cmdline": f"console=ttyS0 quiet panic=-1 {cmdline}".strip(),
-            },
-            "balloon": True,
+            } if not self.lab_guest else {"kernel": "/dev/null", "cmdline": f"lab {cmdline}".strip()},
+            "balloon": not self.lab_guest,
+            **({"qemu": "lab"} if self.lab_guest else {}),
             **fields,
         }
         path = os.path.join(self.lab.dir, f"{name}.yaml")

@@ -1,0 +1,73 @@
+"""Moves and crashes with the lab guest (docs/lab.md): the whole product but QEMU, in seconds a case."""
+import sys
+import unittest
+
+from batonlab.case import ClusterTest
+from batonlab.lab import wait_until
+
+
+class LabGuests(ClusterTest):
+    LAB_GUEST = True
+    # Several requests in flight, blocks that are written again and again, memory that changes all the time.
+    CMDLINE = "lab.writers=8 lab.blocks=512 lab.pages=2048 lab.dirty=4000"
+
+    def test_there_and_back(self):
+        guest = self.have_guest()
+        for to in reversed(self.ends()):
+            guest.reset()
+            migration = self.move(to)
+            self.assertEqual(migration["reason"], "NONE")
+            self.assertGreater(int(guest.status()["stop_us"]), 0)
+        self.assert_clean()
+
+    def test_four_moves_in_a_row(self):
+        self.have_guest()
+        for _ in range(4):
+            self.move(self.ends()[1])
+        self.assert_clean()
+
+    def test_cancelled_migrations_leave_the_guest_where_it_was(self):
+        self.have_guest()
+        source, destination = self.ends()
+        for point in ("precopy", "frozen"):
+            name, waiting = self.start_and_wait_at("source", point)
+            self.cluster.ctl("cancel", name.split("/")[1], "--no-wait", check=False)
+            waiting.release()
+            ended = self.cluster.wait_ended(name)
+            self.assertEqual((ended["phase"], ended["guest_location"]), ("CANCELLED", "SOURCE"))
+            self.assert_runs_only(source)
+        self.move(destination)
+        self.assert_clean()
+
+
+class OneRequestAtATime(ClusterTest):
+    """qemu-storage-daemon keeps no in-flight region: what it had when it died is known for sure only with one request."""
+    LAB_GUEST = True
+    CMDLINE = "lab.writers=1 lab.blocks=64 lab.pages=512 lab.dirty=1000"
+
+    def test_killed_backend(self):
+        guest = self.have_guest()
+        storage = self.cluster.agents[self.cluster.host_of()].storage
+        for _ in range(3):
+            storage.kill()
+            storage.start()
+            guest.wait_writes(100)
+        self.assert_clean()
+        self.move(self.ends()[1])
+        self.assert_clean()
+
+    def test_killed_shim(self):
+        guest = self.have_guest()
+        agent = self.cluster.agents[self.cluster.host_of()]
+        for _ in range(2):
+            killed = agent.shims()[0]
+            killed.end()
+            wait_until(lambda: [s for s in agent.shims() if s.pid != killed.pid], "a new shim", 20)
+            guest.wait_writes(100)
+        self.assert_clean()
+        self.move(self.ends()[1])
+        self.assert_clean()
+
+
+if __name__ == "__main__":
+    unittest.main(argv=[sys.argv[0], "-v", *sys.argv[1:]])
