@@ -383,7 +383,11 @@ absl::Status Mediator::Impl::OnNotifier(WireMessage& m, absl::Status* refused) {
     link_.vrings[index].call_stale = true;
     return absl::OkStatus();
   }
-  return Forward(SendNotifier(m.request(), index, kept), refused);
+  absl::Status sent = Forward(SendNotifier(m.request(), index, kept), refused);
+  // QEMU starts a ring before it says how to be called. What was completed in between called nobody, unless
+  // the back-end makes up for it (libvhost-user does, "in case of I/O hang after reconnecting").
+  if (call) Inject(kept);
+  return sent;
 }
 
 absl::Status Mediator::Impl::OnVringEnable(const WireMessage& m, absl::Status* refused) {
