@@ -83,6 +83,7 @@ class BlkReader {
 
   // The first 16 bytes always; more only of the types that have segments.
   bool Gather(uint64_t addr, uint32_t len) {
+    if (len == 0) return true;
     if (head_.size() < kBlkHeaderBytes) {
       const auto part = static_cast<uint32_t>(std::min<uint64_t>(len, kBlkHeaderBytes - head_.size()));
       if (!Append(addr, part)) return false;
@@ -90,6 +91,7 @@ class BlkReader {
       len -= part;
     }
     if (len == 0 || head_.size() < kBlkHeaderBytes || !HasSegments()) return true;
+    if (head_.size() >= kBlkHeadBytes) return true;
     return Append(addr, static_cast<uint32_t>(std::min<uint64_t>(len, kBlkHeadBytes - head_.size())));
   }
 

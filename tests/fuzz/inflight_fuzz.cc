@@ -1,6 +1,7 @@
 // A queue's part of an in-flight region of a split ring, as a hostile back-end left it: the reader's
 // promises, the tracker that goes on with it, and the part that is written for another back-end. Input: ring
 // size (2 bytes), used->idx (2 bytes), the part.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -32,7 +33,7 @@ void Check(std::span<const uint8_t> part, uint16_t ring_size, uint16_t used, Bat
 
 void Track(std::span<const uint8_t> part, uint16_t ring_size, uint16_t used) {
   std::vector<uint64_t> words((part.size() + 7) / 8);
-  std::memcpy(words.data(), part.data(), part.size());
+  std::copy(part.begin(), part.end(), reinterpret_cast<uint8_t*>(words.data()));
   const std::span<uint8_t> bytes{reinterpret_cast<uint8_t*>(words.data()), part.size()};
   InflightTracker<> tracker;
   if (!tracker.Attach(RingFormat::kSplit, bytes, ring_size).ok()) return;

@@ -35,7 +35,7 @@ class Slots : public MemoryView {
 
 void Track(std::span<const uint8_t> part, const Slots& slots, const PackedRing& ring) {
   std::vector<uint64_t> words((part.size() + 7) / 8);
-  std::memcpy(words.data(), part.data(), part.size());
+  std::copy(part.begin(), part.end(), reinterpret_cast<uint8_t*>(words.data()));
   const std::span<uint8_t> bytes{reinterpret_cast<uint8_t*>(words.data()), part.size()};
   InflightTracker<> tracker;
   if (!tracker.Attach(RingFormat::kPacked, bytes, ring.size).ok()) return;
