@@ -93,6 +93,7 @@ absl::Status Agent::StartServices() {
     auto tls = stream::TlsContext::Load(config_.peer.tls.ca, config_.peer.tls.cert, config_.peer.tls.key);
     if (!tls.ok()) return Annotate(tls.status(), "peer");
   }
+  StartLibvirt();
   // Peers find their VMs from the first connection on.
   RETURN_IF_ERROR(vms_->FindAgain(Deadline::After(seconds(60))));
   ASSIGN_OR_RETURN(peer_port_, PeerPort::Start(config_, *vms_, metrics_, peer_tasks_));
@@ -112,9 +113,53 @@ absl::Status Agent::StartServices() {
     if (!up) consoles_->CloseAll();
   };
   auto session = std::make_shared<Session>(*channel, std::move(handlers));
-  std::lock_guard lock(session_mutex_);
-  session_ = std::move(session);
+  {
+    std::lock_guard lock(session_mutex_);
+    session_ = std::move(session);
+  }
   return absl::OkStatus();
+}
+
+void Agent::StartLibvirt() {
+  if (config_.libvirt.empty()) return;
+  vmm::InventoryOptions options;
+  options.libvirt.uri = config_.libvirt;
+  options.mediator_dir = config_.run_dir + "/vms";
+  vmm::InventoryCallbacks callbacks;
+  callbacks.on_vm = [this](const v1::Vm& vm) {
+    if (auto s = session()) s->Send(Localize(vm));
+  };
+  callbacks.on_gone = [this](const std::string& vm, const std::string& message) {
+    if (auto s = session()) s->SendGone(vm, message);
+  };
+  callbacks.on_read = [this] {
+    // What batond knows of this host's domains may be from before the agent or libvirt was restarted.
+    if (!libvirt_unread_.exchange(false)) return;
+    if (auto s = session()) s->Renew();
+  };
+  libvirt_ = vmm::LibvirtInventory::Start(std::move(options), std::move(callbacks));
+  // The first Hello lists what is there; a libvirt that is slow or absent must not keep the agent from its
+  // session.
+  if (!libvirt_->WaitForFirst(Deadline::After(seconds(3))))
+    LOG_WARN("libvirt {} has not answered yet: {}", config_.libvirt, libvirt_->connection().trouble());
+}
+
+v1::Vm Agent::Localize(v1::Vm vm) const {
+  vm.set_host("hosts/" + config_.name);
+  // A VM of Baton's own has the name first.
+  const std::string id = vm.name().substr(vm.name().find('/') + 1);
+  if (auto own = vms_->Find(id); own != nullptr && own->listed()) vm.set_name("vms/" + vm.domain().uuid());
+  return vm;
+}
+
+absl::Status Agent::CheckOurs(const std::string& vm) const {
+  if (!libvirt_ || vms_->Find(vm) != nullptr) return absl::OkStatus();
+  if (!libvirt_->Find(vm).ok()) return absl::OkStatus();
+  return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
+               "vms/{} is a libvirt domain of hosts/{}: this agent shows it, but moving and stopping it is "
+               "libvirt's; it "
+               "goes on as it is (virsh migrate, virsh shutdown)",
+               vm, config_.name);
 }
 
 Agent::~Agent() {
@@ -125,6 +170,7 @@ Agent::~Agent() {
     session.swap(session_);
   }
   session.reset();
+  libvirt_.reset();
   commands_.Stop();
   peer_tasks_.Stop();
   peer_port_.reset();
@@ -143,6 +189,16 @@ v1::Hello Agent::MakeHello() {
   *hello.mutable_host() = host_;
   hello.mutable_host()->set_memory_free(MemoryAvailable());
   for (const v1::Vm& vm : vms_->Inventory()) *hello.add_vms() = vm;
+  if (libvirt_) {
+    // In this order, so that a first reading that ends meanwhile is not missed: it begins a new session.
+    libvirt_unread_ = true;
+    if (libvirt_->read()) {
+      libvirt_unread_ = false;
+    } else {
+      hello.add_unread_drivers("libvirt");
+    }
+    for (const v1::Vm& vm : libvirt_->Vms()) *hello.add_vms() = Localize(vm);
+  }
   for (const v1::SideReport& report : reports_.All()) *hello.add_reports() = report;
   hello.set_start_counter(start_counter_);
   return hello;
@@ -181,8 +237,10 @@ absl::Status Agent::Run(const v1::Command& command, Deadline deadline, v1::Comma
       return absl::OkStatus();
     }
     case v1::Command::kStopVm:
+      RETURN_IF_ERROR(CheckOurs(command.stop_vm().vm()));
       return vms_->StopVm(command.stop_vm(), deadline);
     case v1::Command::kInspectVm: {
+      RETURN_IF_ERROR(CheckOurs(command.inspect_vm().vm()));
       ASSIGN_OR_RETURN(*result->mutable_inspection(), vms_->Inspect(command.inspect_vm(), deadline));
       return absl::OkStatus();
     }

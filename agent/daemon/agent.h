@@ -1,6 +1,7 @@
 // baton-agent as an object: everything that main() starts, wired together.
 #pragma once
 
+#include <atomic>
 #include <memory>
 
 #include "agent/daemon/agent_config.h"
@@ -15,6 +16,7 @@
 #include "agent/daemon/task_queue.h"
 #include "agent/daemon/vm_manager.h"
 #include "agent/daemon/vm_store.h"
+#include "agent/vmm/libvirt/inventory.h"
 #include "common/fd.h"
 #include "common/metrics.h"
 
@@ -41,6 +43,11 @@ class Agent {
   void OnCommand(const v1::Command& command, uint64_t session);
   v1::CommandResult Execute(const v1::Command& command, Deadline deadline);
   absl::Status Run(const v1::Command& command, Deadline deadline, v1::CommandResult* result);
+  void StartLibvirt();
+  // A domain as this host tells of it.
+  v1::Vm Localize(v1::Vm vm) const;
+  // Of a command about a VM that only libvirt has: why it is not done. OK for all others.
+  absl::Status CheckOurs(const std::string& vm) const;
 
   const AgentConfig config_;
   UniqueFd lock_;  // flock on state_dir/agent.lock
@@ -57,6 +64,8 @@ class Agent {
   TaskQueue commands_{16};
   TaskQueue peer_tasks_{8};
   std::unique_ptr<VmManager> vms_;
+  std::unique_ptr<vmm::LibvirtInventory> libvirt_;  // null: not asked for
+  std::atomic<bool> libvirt_unread_ = false;        // the last Hello said that libvirt had not been read
   std::unique_ptr<ConsoleRelay> consoles_;
   std::unique_ptr<MetricsEndpoint> metrics_endpoint_;
   std::unique_ptr<PeerPort> peer_port_;

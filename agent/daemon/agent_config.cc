@@ -129,6 +129,17 @@ void ReadConfig(ConfigReader& root, AgentConfig* out) {
   root.Choice<std::string>("dirty_tracking",
                            {{"auto", "auto"}, {"uffd", "uffd"}, {"soft-dirty", "soft-dirty"}},
                            &out->dirty_tracking);
+  std::string libvirt = "auto";
+  root.Text("libvirt", &libvirt);
+  if (libvirt == "auto") {
+    // Where libvirt is installed its sockets are in this directory, or will be (systemd starts it on demand).
+    out->libvirt = ::access("/run/libvirt", F_OK) == 0 ? "qemu:///system" : "";
+  } else if (libvirt == "off" || libvirt.find("://") != std::string::npos) {
+    out->libvirt = libvirt == "off" ? "" : libvirt;
+  } else {
+    root.Problem("libvirt",
+                 fmt::format("'{}' is neither auto nor off nor a URI like qemu:///system", libvirt));
+  }
   out->shim = DefaultShim();
   root.Path("shim", &out->shim);
   root.Map("log", [&](ConfigReader& log) {

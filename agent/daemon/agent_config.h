@@ -71,6 +71,8 @@ struct AgentConfig {
   // By "vm/device", "device" or "*".
   std::map<std::string, FenceHook> fences;
   std::string dirty_tracking = "auto";
+  // URI of the libvirt daemon whose domains belong to this host; empty: none.
+  std::string libvirt;
   // Path of baton-shim.
   std::string shim;
   std::string log_level = "info";

@@ -102,6 +102,11 @@ bool Session::Send(const v1::ConsoleData& data) {
   return true;
 }
 
+void Session::Renew() {
+  std::lock_guard lock(mutex_);
+  if (context_ != nullptr) context_->TryCancel();
+}
+
 void Session::Run() {
   std::mt19937_64 random(std::random_device{}());
   std::uniform_real_distribution<double> jitter(0.75, 1.25);

@@ -45,6 +45,8 @@ class Session {
   // Dropped unless the session in which the command came is still up: batond repeats what it needs in the
   // next one.
   void Send(const v1::CommandResult& result, uint64_t session);
+  // Ends the session that is up, if any, and begins a new one with a Hello.
+  void Renew();
   // False if it was dropped.
   bool Send(const v1::ConsoleData& data);
 

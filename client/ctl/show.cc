@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "client/ctl/exit_codes.h"
+#include "client/ctl/show_domain.h"
 #include "client/ctl/text.h"
 #include "client/lib/errors.h"
 #include "client/lib/names.h"
@@ -192,21 +193,18 @@ Table VmTable(const std::vector<v1::Vm>& vms, bool wide, int64_t now) {
       bool fine = device.state() == v1::Device::ACTIVE || device.state() == v1::Device::IDLE_DEVICE;
       devices.push_back(device.name() + (fine ? "" : "(" + StateOf(device) + ")"));
     }
-    std::vector<std::string> row = {ShortName(vm.name()),
-                                    StateOf(vm),
-                                    ShortName(vm.host()),
-                                    FormatBytes(vm.spec().memory_bytes()),
-                                    std::to_string(vm.spec().vcpus()),
-                                    Joined(devices, ","),
-                                    ShortName(vm.migration()),
-                                    FormatAge(vm.start_time(), now)};
+    if (vm.has_domain()) devices = DomainDeviceNames(vm.domain());
+    std::vector<std::string> row = {ShortName(vm.name()),        StateOf(vm),
+                                    ShortName(vm.host()),        FormatBytes(MemoryOf(vm)),
+                                    std::to_string(VcpusOf(vm)), Joined(devices, ","),
+                                    ShortName(vm.migration()),   FormatAge(vm.start_time(), now)};
     if (wide) {
       std::vector<std::string> events;
       for (const auto& device : vm.devices()) {
         if (device.events() > 0) events.push_back(device.name() + ": " + EventOf(device, now));
       }
       row.insert(row.end(),
-                 {std::to_string(vm.epoch()), vm.driver(), vm.vmm_pid() ? std::to_string(vm.vmm_pid()) : "",
+                 {std::to_string(vm.epoch()), DriverOf(vm), vm.vmm_pid() ? std::to_string(vm.vmm_pid()) : "",
                   vm.shim_pid() ? std::to_string(vm.shim_pid()) : "", Joined(events, "; "), vm.message()});
     }
     table.AddRow(std::move(row));
@@ -336,11 +334,12 @@ std::string DescribeVm(const v1::Vm& vm, int64_t now) {
   p.Add("VMM PID", vm.vmm_pid() ? std::to_string(vm.vmm_pid()) : "");
   p.Add("Shim PID", vm.shim_pid() ? std::to_string(vm.shim_pid()) : "");
   const v1::VmSpec& spec = vm.spec();
-  p.Add("Memory", FormatBytes(spec.memory_bytes()));
-  p.Add("vCPUs", std::to_string(spec.vcpus()));
+  p.Add("Memory", FormatBytes(MemoryOf(vm)));
+  p.Add("vCPUs", std::to_string(VcpusOf(vm)));
   p.Add("Machine", spec.machine() + (spec.cpu().empty() ? "" : ", CPU " + spec.cpu()) +
                        (spec.qemu().empty() ? "" : ", QEMU " + spec.qemu()));
   std::string out = p.Render();
+  if (vm.has_domain()) return out + DescribeDomain(vm.domain());
   out += "Devices:\n";
   if (vm.devices().empty()) {
     out += "  none\n";

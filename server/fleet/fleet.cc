@@ -1,5 +1,6 @@
 #include "server/fleet/fleet.h"
 
+#include <algorithm>
 #include <chrono>
 #include <set>
 
@@ -115,9 +116,11 @@ absl::StatusOr<uint64_t> Fleet::Connect(const v1::Hello& hello, std::shared_ptr<
 
   // VMs that the host had and has no more went while there was no session.
   std::set<std::string> present;
-  for (const v1::Vm& vm : hello.vms()) present.insert(IdOf(vm.name()));
+  for (const v1::Vm& vm : hello.vms()) present.insert(IdFor(vm));
+  const std::set<std::string> unread(hello.unread_drivers().begin(), hello.unread_drivers().end());
   std::vector<std::string> gone;
   for (const auto& [vm_id, vm] : vms_) {
+    if (unread.count(vm.record.vm().driver())) continue;
     if (vm.record.owner() == "hosts/" + id && !present.count(vm_id) && !vm.starting) gone.push_back(vm_id);
   }
   entry.vms.clear();
@@ -203,6 +206,12 @@ void Fleet::Receive(uint64_t number, const v1::AgentMessage& message) {
       return TakeVm(entry, message.vm());
     case v1::AgentMessage::kVmGone: {
       std::string id = IdOf(message.vm_gone().vm());
+      if (!entry.vms.count(id)) {
+        // A domain that goes by its UUID here, because its name was taken.
+        auto same = std::find_if(entry.vms.begin(), entry.vms.end(),
+                                 [&](const auto& vm) { return vm.second.domain().name() == id; });
+        if (same != entry.vms.end()) id = same->first;
+      }
       entry.vms.erase(id);
       ClearStale(id, entry.record.host().name());
       return DropVm(entry, id, message.vm_gone().message());

@@ -142,6 +142,10 @@ class Fleet {
   // The answer of an agent to a swap: recorded together with its request.
   absl::StatusOr<v1::SwapDeviceResponse> TakeSwapped(const v1::SwapDeviceRequest& request,
                                                      const v1::DeviceSwapped& swapped);
+  // Two domains of one name are two VMs: the one that came later goes by its UUID.
+  std::string IdFor(const v1::Vm& reported) const;
+  // The owner let go of a domain: a host that has it running, moved by other hands, is the owner now.
+  void Adopt(const std::string& id);
   void SetStale(const std::string& id, VmEntry& entry, const v1::Vm& claim, bool is_void);
   void ClearStale(const std::string& id, const std::string& host);
   void DropVm(HostEntry& host, const std::string& id, const std::string& message);

@@ -19,8 +19,17 @@ absl::Status Fleet::Save(const std::string& id, VmEntry& entry, VmRecord record)
   return absl::OkStatus();
 }
 
-void Fleet::TakeVm(HostEntry& host, const v1::Vm& reported) {
+std::string Fleet::IdFor(const v1::Vm& reported) const {
   std::string id = IdOf(reported.name());
+  if (!reported.has_domain() || reported.domain().uuid().empty()) return id;
+  auto found = vms_.find(id);
+  const bool other =
+      found != vms_.end() && found->second.record.vm().domain().uuid() != reported.domain().uuid();
+  return other || vms_.count(reported.domain().uuid()) ? reported.domain().uuid() : id;
+}
+
+void Fleet::TakeVm(HostEntry& host, const v1::Vm& reported) {
+  std::string id = IdFor(reported);
   if (!IsValidName(id)) {
     LOG_WARN("{}: a VM with the impossible name \"{}\" was ignored", host.record.host().name(), id);
     return;
@@ -41,6 +50,10 @@ void Fleet::TakeVm(HostEntry& host, const v1::Vm& reported) {
       [&](const auto& claim) { return claim.host() == host_name && claim.epoch() == vm.epoch(); });
   bool newer = record.owner().empty() || vm.epoch() > record.epoch();
   bool same = vm.epoch() == record.epoch() && record.owner() == host_name;
+  // libvirt's own protocol moves domains, and nobody counts epochs then: one that runs here and stands still
+  // there is here.
+  newer |= vm.has_domain() && vm.state() == v1::Vm::RUNNING && vm.epoch() == record.epoch() &&
+           record.vm().state() == v1::Vm::STOPPED;
   if (is_void || (!newer && !same)) {
     // A source that has yielded keeps its stopped VM for a moment; one that runs is a second owner.
     bool in_migration = observer_ && !observer_->MigrationOf(id).empty();
@@ -124,6 +137,17 @@ void Fleet::DropVm(HostEntry& host, const std::string& id, const std::string& me
   }
   LOG_INFO("vms/{}: gone from {}: {}", id, host.record.host().name(), message);
   Forget(id);
+  Adopt(id);
+}
+
+void Fleet::Adopt(const std::string& id) {
+  for (auto& [name, host] : hosts_) {
+    auto claim = host.vms.find(id);
+    if (claim == host.vms.end() || !claim->second.has_domain() || claim->second.state() != v1::Vm::RUNNING)
+      continue;
+    const v1::Vm vm = claim->second;
+    return TakeVm(host, vm);
+  }
 }
 
 void Fleet::Forget(const std::string& id) {

@@ -235,6 +235,7 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
         if (trouble_ != Message(opened)) LOG_WARN("{}", Message(opened));
         trouble_ = Message(opened);
       }
+      TellState(false);
       Pause(pause);
       pause = std::min(2 * pause, options_.backoff_max);
     }

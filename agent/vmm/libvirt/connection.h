@@ -57,7 +57,8 @@ struct DomainEvent {
 // Called on libvirt's event thread or on the connection's own; must not wait, and must not call back into the
 // connection.
 struct LibvirtCallbacks {
-  // Connected (why is empty), or lost with the reason. Every `true` is a fresh start: read everything again.
+  // Connected (why is empty), or an attempt failed or the connection was lost, with the reason. Every `true`
+  // is a fresh start: read everything again.
   std::function<void(bool up, const std::string& why)> on_state;
   std::function<void(const DomainEvent&)> on_event;
 };

@@ -173,6 +173,7 @@ class LibvirtInventory::Impl {
       std::lock_guard lock(mutex_);
       up_ = up;
       why_ = why;
+      tried_ = true;
       read_all_ = true;
       changed_.notify_all();
     };
@@ -213,7 +214,13 @@ class LibvirtInventory::Impl {
 
   bool WaitForFirst(Deadline deadline) const {
     std::unique_lock lock(mutex_);
-    return changed_.wait_until(lock, deadline.when(), [this] { return first_done_; });
+    changed_.wait_until(lock, deadline.when(), [this] { return first_done_ || (tried_ && !up_); });
+    return first_done_;
+  }
+
+  bool read() const {
+    std::lock_guard lock(mutex_);
+    return first_done_;
   }
 
   LibvirtConnection& connection() { return *connection_; }
@@ -255,16 +262,18 @@ class LibvirtInventory::Impl {
         MarkLost();
         continue;
       }
-      if (all) ReadAll(todo);
+      if (all && !ReadAll(todo)) all = false;
       for (const std::string& uuid : todo) {
         if (Stopping()) return;
         ReadOne(uuid);
       }
-      if (all) {
+      if (!all) continue;
+      {
         std::lock_guard lock(mutex_);
         first_done_ = true;
         changed_.notify_all();
       }
+      if (callbacks_.on_read) callbacks_.on_read();
     }
   }
 
@@ -281,7 +290,7 @@ class LibvirtInventory::Impl {
     return due;
   }
 
-  void ReadAll(std::set<std::string>& todo) {
+  bool ReadAll(std::set<std::string>& todo) {
     auto list = CallFor<std::vector<std::string>>(*connection_, "listing domains", &ListAll,
                                                   Deadline::After(options_.call_timeout));
     if (!list.ok()) {
@@ -289,7 +298,7 @@ class LibvirtInventory::Impl {
       // The next connection reads all; one that stays up is asked again.
       std::lock_guard lock(mutex_);
       if (absl::IsDeadlineExceeded(list.status())) read_all_ = up_;
-      return;
+      return false;
     }
     const std::set<std::string> there(list->begin(), list->end());
     std::vector<std::string> gone;
@@ -301,6 +310,7 @@ class LibvirtInventory::Impl {
     }
     for (const std::string& uuid : gone) Drop(uuid, "libvirt does not have it any more");
     todo.insert(there.begin(), there.end());
+    return true;
   }
 
   void ReadOne(const std::string& uuid) {
@@ -423,7 +433,7 @@ class LibvirtInventory::Impl {
   mutable std::condition_variable changed_;
   std::map<std::string, Entry> domains_;  // by UUID; guarded by mutex_, as all below
   std::set<std::string> pending_;
-  bool read_all_ = false, up_ = false, first_done_ = false, stopping_ = false;
+  bool read_all_ = false, up_ = false, tried_ = false, first_done_ = false, stopping_ = false;
   std::string why_;
   std::unique_ptr<LibvirtConnection> connection_;
   std::thread thread_;
@@ -440,6 +450,7 @@ LibvirtInventory::~LibvirtInventory() = default;
 std::vector<v1::Vm> LibvirtInventory::Vms() const { return impl_->Vms(); }
 absl::StatusOr<v1::Vm> LibvirtInventory::Find(const std::string& id) const { return impl_->Find(id); }
 bool LibvirtInventory::WaitForFirst(Deadline deadline) const { return impl_->WaitForFirst(deadline); }
+bool LibvirtInventory::read() const { return impl_->read(); }
 LibvirtConnection& LibvirtInventory::connection() { return impl_->connection(); }
 
 }  // namespace baton::vmm

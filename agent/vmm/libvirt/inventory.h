@@ -32,6 +32,8 @@ struct InventoryOptions {
 struct InventoryCallbacks {
   // New or changed. `host` is not filled in.
   std::function<void(const v1::Vm&)> on_vm;
+  // Everything that the daemon had when it answered for the first time was read, or again after a break.
+  std::function<void()> on_read;
   // `vm` is the id ("web1").
   std::function<void(const std::string& vm, const std::string& message)> on_gone;
 };
@@ -49,8 +51,10 @@ class LibvirtInventory {
   std::vector<v1::Vm> Vms() const;
   // NotFound unless a domain has this id, name or UUID.
   absl::StatusOr<v1::Vm> Find(const std::string& id) const;
-  // Every domain that the daemon had at its first answer has been read (or cannot be). False at the deadline.
+  // All domains of the daemon were read at least once. Waits for that, but not longer than it takes to find
+  // that the daemon is not there.
   bool WaitForFirst(Deadline deadline) const;
+  bool read() const;
   LibvirtConnection& connection();
 
  private:

@@ -263,6 +263,36 @@ TEST_F(ApiTest, FencedResolveOrdersTheSourceToResume) {
   EXPECT_EQ(api_->GetVm("web1")->host(), "hosts/a");
 }
 
+TEST_F(ApiTest, DomainThatLibvirtMoved_FollowsIt) {
+  a_->AddDomain("web1", "4dea22b3");
+  while (!api_->GetVm("web1").ok()) std::this_thread::yield();
+  // While it moves, the other host has it as well: incoming, then running, before the first one lets go.
+  b_->AddDomain("web1", "4dea22b3", v1::Vm::INCOMING);
+  b_->AddDomain("web1", "4dea22b3");
+  a_->RemoveVm("web1");
+  while (!api_->GetVm("web1").ok() || api_->GetVm("web1")->host() != "hosts/b") std::this_thread::yield();
+  EXPECT_EQ(api_->GetVm("web1")->state(), v1::Vm::RUNNING);
+  EXPECT_EQ(api_->GetVm("web1")->message(), "");
+  // With a definition that stays behind, shut off.
+  b_->AddDomain("web1", "4dea22b3", v1::Vm::STOPPED);
+  while (api_->GetVm("web1")->state() != v1::Vm::STOPPED) std::this_thread::yield();
+  a_->AddDomain("web1", "4dea22b3");
+  while (api_->GetVm("web1")->host() != "hosts/a") std::this_thread::yield();
+}
+
+TEST_F(ApiTest, DomainsOfOneName_AreTwoVms) {
+  a_->AddDomain("web1", "4dea22b3");
+  while (!api_->GetVm("web1").ok()) std::this_thread::yield();
+  b_->AddDomain("web1", "77ab1200");
+  while (!api_->GetVm("77ab1200").ok()) std::this_thread::yield();
+  EXPECT_EQ(api_->GetVm("web1")->host(), "hosts/a");
+  EXPECT_EQ(api_->GetVm("web1")->message(), "");
+  EXPECT_EQ(api_->GetVm("77ab1200")->host(), "hosts/b");
+  b_->RemoveVm("web1");
+  while (api_->GetVm("77ab1200").ok()) std::this_thread::yield();
+  EXPECT_TRUE(api_->GetVm("web1").ok());
+}
+
 TEST_F(ApiTest, AStaleOwnerIsRefused) {
   a_->AddVm("web1", 5);
   while (api_->GetVm("web1")->epoch() != 5) std::this_thread::yield();

@@ -231,6 +231,20 @@ void FakeAgent::AddVm(const std::string& id, uint64_t epoch, v1::Vm::State state
   Send(message);
 }
 
+void FakeAgent::AddDomain(const std::string& name, const std::string& uuid, v1::Vm::State state) {
+  std::lock_guard lock(mutex_);
+  v1::Vm& vm = vms_[name];
+  vm.set_name("vms/" + name);
+  vm.set_host("hosts/" + name_);
+  vm.set_state(state);
+  vm.set_driver("libvirt");
+  vm.mutable_domain()->set_name(name);
+  vm.mutable_domain()->set_uuid(uuid);
+  v1::AgentMessage message;
+  *message.mutable_vm() = vm;
+  Send(message);
+}
+
 void FakeAgent::RemoveVm(const std::string& id) {
   std::lock_guard lock(mutex_);
   vms_.erase(id);

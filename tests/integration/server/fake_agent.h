@@ -29,6 +29,8 @@ class FakeAgent {
 
   // A VM that runs here; told to batond if there is a session.
   void AddVm(const std::string& id, uint64_t epoch, v1::Vm::State state = v1::Vm::RUNNING);
+  // The same for a libvirt domain of that name.
+  void AddDomain(const std::string& name, const std::string& uuid, v1::Vm::State state = v1::Vm::RUNNING);
   void RemoveVm(const std::string& id);
   bool HasVm(const std::string& id) const;
 

@@ -30,6 +30,30 @@ TEST(Show, VmTable_MarksDevicesThatNeedSomebody) {
   EXPECT_THAT(VmTable({vm}, false, 0).Render(), HasSubstr("disk0(HELD)"));
 }
 
+TEST(Show, DomainIsShownWithItsDevicesAndWhatItMisses) {
+  v1::Vm vm;
+  vm.set_name("vms/4dea22b3");
+  vm.set_driver("libvirt");
+  vm.mutable_domain()->set_name("ns_web");
+  vm.mutable_domain()->set_vcpus(2);
+  vm.mutable_domain()->set_memory_bytes(1u << 30);
+  auto* disk = vm.mutable_domain()->add_devices();
+  disk->set_type("disk");
+  disk->set_name("vda");
+  disk->set_attachment("vhost-user");
+  disk->set_source("/var/tmp/spdk.sock");
+  vm.mutable_domain()->add_devices()->set_attachment("plain");
+  vm.mutable_domain()->add_shortcomings("disk vda reaches its back-end without Baton");
+  vm.mutable_domain()->add_migration_blockers("a device that cannot");
+  const std::string wide = VmTable({vm}, true, 0).Render();
+  EXPECT_THAT(wide, HasSubstr("vda(vhost-user)"));
+  EXPECT_THAT(wide, HasSubstr("libvirt (ns_web)"));
+  EXPECT_THAT(wide, HasSubstr("1 GiB"));
+  const std::string text = DescribeVm(vm, 0);
+  for (const char* part : {"ns_web", "/var/tmp/spdk.sock", "without Baton", "a device that cannot"})
+    EXPECT_THAT(text, HasSubstr(part));
+}
+
 TEST(Show, EmptyMessages_AreDescribedWithoutHarm) {
   EXPECT_NE(DescribeHost({}, {}, 0), "");
   EXPECT_NE(DescribeVm({}, 0), "");
