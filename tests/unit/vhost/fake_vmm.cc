@@ -9,8 +9,26 @@
 #include <filesystem>
 
 namespace baton::vhost {
-BackendThread::BackendThread(lab::LabBackendOptions options) : stop_(::eventfd(0, EFD_CLOEXEC)) {
-  auto backend = lab::LabBackend::Create(std::move(options));
+BackendThread::BackendThread(const BackendOptions& options) : stop_(::eventfd(0, EFD_CLOEXEC)) {
+  lab::BlkOptions blk;
+  blk.image = options.image;
+  blk.latency_max_us = options.delay_us;
+  lab::LabDeviceOptions device;
+  device.socket = options.socket;
+  // FakeVmm accepts what it is offered.
+  device.without_features = options.less_features | virtio::kFRingPacked | virtio::kFIndirectDesc |
+                            virtio::kFEventIdx | virtio::kFInOrder;
+  device.without_protocol = options.less_protocol;
+  if (!options.suspends) device.without_protocol |= lab::kPfGetBaseSkipDrain;
+  if (!options.suspends_by_bit_20) device.without_protocol |= lab::kPfGetBaseInflight;
+  device.inflight = options.inflight;
+  device.base = virtio::BaseConvention::kIgnored;
+  device.faults.base_offset = options.base_offset;
+  device.faults.silent_at = options.silent_at;
+  device.faults.garble_at = options.garble_at;
+  auto model = lab::BlkModel::Create(std::move(blk));
+  EXPECT_TRUE(model.ok()) << model.status();
+  auto backend = lab::LabDevice::Create(std::move(device), *std::move(model));
   EXPECT_TRUE(backend.ok()) << backend.status();
   backend_ = std::move(*backend);
   thread_ = std::thread([this] {
@@ -25,12 +43,9 @@ BackendThread::~BackendThread() {
   thread_.join();
 }
 
-bool BackendThread::AwaitFetched(uint64_t n) const {
-  for (Deadline deadline = Soon(); !deadline.Expired();) {
-    if (backend_->fetched() >= n) return true;
-    ::poll(nullptr, 0, 1);
-  }
-  return false;
+bool BackendThread::AwaitFetched(uint64_t n) {
+  return backend_->Command({{"cmd", "wait"}, {"counter", "fetched"}, {"at_least", n}, {"timeout_ms", 5000}})
+      .value("ok", false);
 }
 
 FakeVmm::FakeVmm(const std::string& socket) {
@@ -180,7 +195,7 @@ MediatorFixture::~MediatorFixture() {
   std::filesystem::remove_all(dir_);
 }
 
-void MediatorFixture::StartBackend(lab::LabBackendOptions options) {
+void MediatorFixture::StartBackend(BackendOptions options) {
   options.socket = dir_ + "/backend.sock";
   options.image = dir_ + "/image";
   backend_.reset();

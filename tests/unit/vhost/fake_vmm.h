@@ -12,22 +12,37 @@
 #include "agent/vhost/mediator.h"
 #include "agent/vhost/socket.h"
 #include "agent/virtio/features.h"
-#include "tests/lab/backend/lab_backend.h"
+#include "tests/lab/device/blk_model.h"
+#include "tests/lab/device/lab_device.h"
 
 namespace baton::vhost {
 
 inline Deadline Soon() { return Deadline::After(std::chrono::seconds(5)); }
 
-// A lab back-end on a thread.
+// What tests of the mediator want of a lab device: split rings, as plain as FakeVmm drives them.
+struct BackendOptions {
+  std::string socket, image;
+  bool inflight = false;  // offers INFLIGHT_SHMFD
+  // Offers GET_VRING_BASE_SKIP_DRAIN, or protocol bit 20 instead.
+  bool suspends = false, suspends_by_bit_20 = false;
+  // Added to the base that a stop is answered with.
+  int32_t base_offset = 0;
+  uint32_t delay_us = 0;  // each request takes up to so long, at random: completions come out of order
+  uint64_t less_features = 0, less_protocol = 0;  // not offered
+  uint32_t silent_at = 0;                         // the request (by number) that is never answered
+  uint32_t garble_at = 0;                         // the request that is answered with a malformed reply
+};
+
+// A lab device on a thread.
 class BackendThread {
  public:
-  explicit BackendThread(lab::LabBackendOptions options);
+  explicit BackendThread(const BackendOptions& options);
   ~BackendThread();
   // Waits until `n` requests have been fetched by it in all.
-  bool AwaitFetched(uint64_t n) const;
+  bool AwaitFetched(uint64_t n);
 
  private:
-  std::unique_ptr<lab::LabBackend> backend_;
+  std::unique_ptr<lab::LabDevice> backend_;
   UniqueFd stop_;
   std::thread thread_;
 };
@@ -88,7 +103,7 @@ class MediatorFixture : public ::testing::Test {
  protected:
   MediatorFixture();
   ~MediatorFixture() override;
-  void StartBackend(lab::LabBackendOptions options = {});
+  void StartBackend(BackendOptions options = {});
   MediatorOptions Options();
   void StartMediator();
   void StartMediator(MediatorOptions options);

@@ -18,12 +18,12 @@ using std::chrono::seconds;
 using testing::HasSubstr;
 
 // Suspends, and completes nothing that it does not find in a region.
-lab::LabBackendOptions Patient() { return {.inflight = true, .suspends = true, .delay_us = 3600000000u}; }
+BackendOptions Patient() { return {.inflight = true, .suspends = true, .delay_us = 3600000000u}; }
 
 class HandoffTest : public MediatorFixture {
  protected:
-  void Begin(lab::LabBackendOptions backend = Patient()) { Begin(backend, Options()); }
-  void Begin(lab::LabBackendOptions backend, MediatorOptions options) {
+  void Begin(BackendOptions backend = Patient()) { Begin(backend, Options()); }
+  void Begin(BackendOptions backend, MediatorOptions options) {
     StartBackend(backend);
     ASSERT_NO_FATAL_FAILURE(StartMediator(std::move(options)));
     vmm_ = std::make_unique<FakeVmm>(dir_ + "/vmm.sock");
@@ -127,7 +127,7 @@ TEST_F(HandoffTest, ABackendThatDiesWhileItIsStoppedLosesNothing) {
 }
 
 TEST_F(HandoffTest, ProtocolBit20IsNegotiatedForTheStopOnly) {
-  lab::LabBackendOptions backend = Patient();
+  BackendOptions backend = Patient();
   backend.suspends = false;
   backend.suspends_by_bit_20 = true;
   ASSERT_NO_FATAL_FAILURE(Begin(backend));
@@ -141,7 +141,7 @@ TEST_F(HandoffTest, ProtocolBit20IsNegotiatedForTheStopOnly) {
 
 // A base of used->idx is the other convention; one beside both is none.
 TEST_F(HandoffTest, BaseConventionsAreNormalisedAndAWrongOneDrains) {
-  lab::LabBackendOptions backend = Patient();
+  BackendOptions backend = Patient();
   backend.base_offset = -4;
   ASSERT_NO_FATAL_FAILURE(Begin(backend));
   ASSERT_NO_FATAL_FAILURE(Submit(4));
@@ -194,7 +194,7 @@ TEST_F(HandoffTest, OverlappingRequestsGoOnlyToABackendThatKeepsTheirOrder) {
 }
 
 TEST_F(HandoffTest, WithoutConfirmationOrFenceWritesDrain) {
-  lab::LabBackendOptions backend = Patient();
+  BackendOptions backend = Patient();
   ASSERT_NO_FATAL_FAILURE(Begin(backend, OfKind(v1::YC_LIBVHOST)));
   ASSERT_NO_FATAL_FAILURE(Submit(2));
   auto state = Stop(seconds(5));
@@ -236,7 +236,7 @@ TEST_F(HandoffTest, AFenceThatFailsDrains) {
 }
 
 TEST_F(HandoffTest, ALostReplyEndsTheStopAndLosesNothing) {
-  lab::LabBackendOptions backend = Patient();
+  BackendOptions backend = Patient();
   backend.silent_at = static_cast<uint32_t>(Request::kGetVringBaseSkipDrain);
   ASSERT_NO_FATAL_FAILURE(Begin(backend));
   ASSERT_NO_FATAL_FAILURE(Submit(3));
@@ -248,7 +248,7 @@ TEST_F(HandoffTest, ALostReplyEndsTheStopAndLosesNothing) {
 }
 
 TEST_F(HandoffTest, ABackendThatCannotSuspendDrainsAndAbortsAtTheBound) {
-  lab::LabBackendOptions backend = Patient();
+  BackendOptions backend = Patient();
   backend.suspends = false;
   ASSERT_NO_FATAL_FAILURE(Begin(backend));
   ASSERT_NO_FATAL_FAILURE(Submit(2));

@@ -14,7 +14,7 @@ using std::chrono::seconds;
 
 class MediatorSwap : public MediatorFixture {
  protected:
-  void Begin(lab::LabBackendOptions backend = {}) {
+  void Begin(BackendOptions backend = {}) {
     StartBackend(backend);
     ASSERT_NO_FATAL_FAILURE(StartMediator());
     vmm_ = std::make_unique<FakeVmm>(dir_ + "/vmm.sock");
@@ -22,7 +22,7 @@ class MediatorSwap : public MediatorFixture {
     ASSERT_NO_FATAL_FAILURE(vmm_->SetMemory());
     ASSERT_NO_FATAL_FAILURE(vmm_->StartRing());
   }
-  void StartOther(lab::LabBackendOptions options = {}) {
+  void StartOther(BackendOptions options = {}) {
     options.socket = dir_ + "/other.sock";
     options.image = dir_ + "/image";
     other_.reset();

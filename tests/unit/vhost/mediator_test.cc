@@ -15,7 +15,7 @@ using std::chrono::seconds;
 class MediatorTest : public MediatorFixture {
  protected:
   // A mediator, a VMM and a running ring; harvests go to the VMM's memory.
-  void Begin(lab::LabBackendOptions backend = {}, uint64_t less_protocol = 0) {
+  void Begin(BackendOptions backend = {}, uint64_t less_protocol = 0) {
     StartBackend(backend);
     ASSERT_NO_FATAL_FAILURE(StartMediator());
     vmm_ = std::make_unique<FakeVmm>(dir_ + "/vmm.sock");
