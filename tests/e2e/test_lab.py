@@ -69,5 +69,50 @@ class OneRequestAtATime(ClusterTest):
         self.assert_clean()
 
 
+class PackedRings(ClusterTest):
+    """Packed rings on the lab device, which keeps an in-flight region: many requests in flight, whatever dies."""
+    LAB_GUEST = True
+    LAB_STORAGE = []
+    CMDLINE = "lab.packed=1 lab.writers=16 lab.blocks=512 lab.pages=512 lab.dirty=1000"
+
+    def test_there_and_back(self):
+        self.have_guest()
+        for to in reversed(self.ends()):
+            self.move(to)
+        self.assert_clean()
+
+    def test_requests_in_flight_are_handed_over(self):
+        self.have_guest()
+        for to in reversed(self.ends()):
+            self.move(to, options=("--inflight", "handoff"))
+        self.assert_clean()
+
+    def test_killed_backend(self):
+        guest = self.have_guest()
+        storage = self.cluster.agents[self.cluster.host_of()].storage
+        for _ in range(3):
+            storage.kill()
+            storage.start()
+            guest.wait_writes(100)
+        self.assert_clean()
+
+    def test_killed_shim(self):
+        guest = self.have_guest()
+        agent = self.cluster.agents[self.cluster.host_of()]
+        for _ in range(2):
+            killed = agent.shims()[0]
+            killed.end()
+            wait_until(lambda: [s for s in agent.shims() if s.pid != killed.pid], "a new shim", 20)
+            guest.wait_writes(100)
+        self.assert_clean()
+        self.move(self.ends()[1])
+        self.assert_clean()
+
+
+class SplitRings(PackedRings):
+    """The same with split rings."""
+    CMDLINE = "lab.writers=16 lab.blocks=512 lab.pages=512 lab.dirty=1000"
+
+
 if __name__ == "__main__":
     unittest.main(argv=[sys.argv[0], "-v", *sys.argv[1:]])

@@ -144,6 +144,8 @@ absl::Status Harness::StartBackend(const std::vector<std::string>& more) {
   std::vector<std::string> argv = options_.backend;
   for (std::string& word : argv) {
     if (size_t at = word.find("{dir}"); at != std::string::npos) word.replace(at, 5, dir_);
+    if (size_t at = word.find("{n}"); at != std::string::npos)
+      word.replace(at, 3, std::to_string(backend_number_));
   }
   argv.insert(argv.end(), {"--queues", std::to_string(options_.queues)});
   argv.insert(argv.end(), more.begin(), more.end());
@@ -196,8 +198,8 @@ absl::Status Harness::Start() {
   return AwaitWrites(10);
 }
 
-absl::Status Harness::Move() {
-  RETURN_IF_ERROR(mediator_->ArmStop(seconds(5)));
+absl::Status Harness::Move(bool handoff) {
+  RETURN_IF_ERROR(mediator_->ArmStop(vhost::StopOrder{seconds(5), handoff, /*ordered=*/true, ""}));
   ASSIGN_OR_RETURN(UniqueFd source, driver_->Freeze(Soon()));
   ASSIGN_OR_RETURN(v1::DeviceState device, mediator_->CollectState(Soon()));
   // The destination, with what arrived.
@@ -207,6 +209,7 @@ absl::Status Harness::Move() {
   auto old_mediator = std::move(mediator_);
   auto old_driver = std::move(driver_);
   ++generation_;
+  ++backend_number_;
   RETURN_IF_ERROR(StartBackend());
   std::error_code error;
   std::filesystem::copy_file(from, Memory(), error);
@@ -234,6 +237,21 @@ absl::Status Harness::Move() {
   RETURN_IF_ERROR(mediator_->CheckExpected());
   std::filesystem::remove(from, error);
   return AwaitWrites(1);
+}
+
+absl::Status Harness::Swap(v1::InflightAnswer inflight) {
+  std::optional<BackendProcess> old_backend = std::move(backend_);
+  ++backend_number_;
+  RETURN_IF_ERROR(StartBackend());
+  vhost::SwapOptions wanted;
+  wanted.backend.set_socket(BackendSocket());
+  wanted.backend.set_kind(options_.kind);
+  wanted.inflight = inflight;
+  auto swapped = mediator_->Swap(
+      wanted, [] { return absl::OkStatus(); }, Soon());
+  if (!swapped.ok()) return swapped.status();
+  old_backend->Kill();
+  return absl::OkStatus();
 }
 
 absl::Status Harness::AwaitWrites(uint64_t more) {

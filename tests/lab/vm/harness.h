@@ -39,8 +39,8 @@ class BackendProcess {
 };
 
 struct HarnessOptions {
-  // Back-end: its program and arguments; --socket, --image and --queues are appended,
-  // and "{dir}" is replaced by the harness's directory.
+  // Back-end: its program and arguments; --socket, --image and --queues are appended, "{dir}" is replaced by
+  // the harness's directory and "{n}" by the back-end's number.
   std::vector<std::string> backend;
   bool backend_says_ready = false;
   v1::BackendKind kind = v1::LAB;
@@ -75,7 +75,11 @@ class Harness {
 
   // To another mediator and another back-end over the same image, with drained queues, as a migration does
   // it. Guest memory is copied.
-  absl::Status Move();
+  // `handoff`: what is in flight is handed over, if the back-ends can.
+  absl::Status Move(bool handoff = false);
+
+  // To another back-end at the same host, under the running guest.
+  absl::Status Swap(v1::InflightAnswer inflight);
 
   // The guest writes so many more blocks.
   absl::Status AwaitWrites(uint64_t more);
@@ -83,15 +87,15 @@ class Harness {
   absl::Status Verify();
 
   const std::string& dir() const { return dir_; }
-  // Where a back-end that was started with "--control {dir}/control.sock" takes commands.
-  std::string control() const { return dir_ + "/control.sock"; }
+  // Where a back-end that was started with "--control {dir}/control{n}.sock" takes commands.
+  std::string control() const { return fmt::format("{}/control{}.sock", dir_, backend_number_); }
   std::string image() const { return dir_ + "/image"; }
   // The last things that happened, for a failure's message.
   std::string Console() const;
 
  private:
   GuestConfig Config(bool incoming) const;
-  std::string BackendSocket() const { return fmt::format("{}/backend{}.sock", dir_, generation_); }
+  std::string BackendSocket() const { return fmt::format("{}/backend{}.sock", dir_, backend_number_); }
   std::string VmmSocket() const { return fmt::format("{}/vmm{}.sock", dir_, generation_); }
   std::string Memory() const { return fmt::format("{}/ram{}", dir_, generation_); }
   absl::Status MakeMemory(bool existing);
@@ -100,6 +104,7 @@ class Harness {
   const HarnessOptions options_;
   std::string dir_;
   int generation_ = 0;  // of the host
+  int backend_number_ = 0;
   std::unique_ptr<memory::GuestRam> ram_;
   std::optional<BackendProcess> backend_;
   std::unique_ptr<vhost::Mediator> mediator_;
