@@ -6,6 +6,7 @@
 
 #include <cerrno>
 
+#include "agent/virtio/balloon.h"
 #include "agent/virtio/features.h"
 #include "common/log.h"
 
@@ -23,6 +24,10 @@ constexpr uint64_t kUserBase = 0x7f4000000000;
 // struct virtio_blk_config up to and with num_queues, and what every back-end has of it.
 constexpr uint32_t kBlkConfig = 60;
 
+uint32_t ConfigSize(v1::DeviceClass device_class) {
+  return device_class == v1::BLK ? kBlkConfig : device_class == v1::BALLOON ? virtio::kBalloonConfigSize : 0;
+}
+
 }  // namespace
 
 DeviceFrontend::DeviceFrontend(const DeviceOptions& options, const Ram& ram, uint32_t rings,
@@ -38,6 +43,7 @@ absl::Status DeviceFrontend::Connect(Deadline deadline) {
   auto connection = vhost::Connection::Dial(options_.socket, deadline);
   if (!connection.ok()) return connection.status();
   frontend_.emplace(*std::move(connection));
+  frontend_->set_on_config_change([this] { config_changed_ = true; });
   started_ = memory_given_ = false;
   absl::Status status = Hello(deadline);
   if (!status.ok()) {
@@ -69,11 +75,16 @@ absl::Status DeviceFrontend::Hello(Deadline deadline) {
   if ((protocol & pf::kConfigureMemSlots) != 0)
     RETURN_IF_ERROR(frontend_->GetU64(Request::kGetMaxMemSlots, deadline).status());
   RETURN_IF_ERROR(frontend_->Set(Request::kSetOwner, {}, {}, deadline));
-  if ((protocol & pf::kConfig) != 0 && options_.class_ == v1::BLK) {
-    auto config = frontend_->GetConfig(0, kBlkConfig, deadline);
-    if (!config.ok()) return config.status();
-    config_ = *std::move(config);
-  }
+  return (protocol & pf::kConfig) != 0 ? ReadConfig(deadline) : absl::OkStatus();
+}
+
+absl::Status DeviceFrontend::ReadConfig(Deadline deadline) {
+  if (!frontend_) return Error(absl::StatusCode::kUnavailable, "device {} is not connected", options_.name);
+  const uint32_t size = ConfigSize(options_.class_);
+  if (size == 0) return absl::OkStatus();
+  auto config = frontend_->GetConfig(0, size, deadline);
+  if (!config.ok()) return config.status();
+  config_ = *std::move(config);
   return absl::OkStatus();
 }
 

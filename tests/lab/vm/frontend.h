@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "agent/vhost/frontend.h"
@@ -46,6 +47,9 @@ class DeviceFrontend {
   // What the device offers, and its configuration space.
   uint64_t offered() const { return offered_; }
   const std::vector<uint8_t>& config() const { return config_; }
+  // The peer said since the last call that its configuration space changed. ReadConfig reads it again.
+  bool TakeConfigChange() { return std::exchange(config_changed_, false); }
+  absl::Status ReadConfig(Deadline deadline);
 
   // Hands over memory and starts the rings, in QEMU's order. Every ring is kicked once.
   absl::Status Start(uint64_t features, const std::vector<RingPlace>& rings, Deadline deadline);
@@ -76,6 +80,7 @@ class DeviceFrontend {
   std::optional<vhost::Frontend> frontend_;
   uint64_t offered_ = 0;
   std::vector<uint8_t> config_;
+  bool config_changed_ = false;
   struct Inflight {
     vhost::InflightDescription description{};
     UniqueFd fd;

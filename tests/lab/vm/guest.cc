@@ -91,6 +91,10 @@ absl::Status LabGuest::Build(Deadline deadline) {
       ASSIGN_OR_RETURN(auto nic,
                        GuestNic::Create(options, config_.options, ram_, nics++, std::move(callbacks)));
       devices_.push_back(std::move(nic));
+    } else if (options.class_ == v1::BALLOON) {
+      auto balloon = std::make_unique<GuestBalloon>(options, config_.options, ram_, std::move(callbacks));
+      balloon_ = balloon.get();
+      devices_.push_back(std::move(balloon));
     } else {
       devices_.push_back(
           std::make_unique<GuestDisk>(options, config_.options, ram_, disks++, std::move(callbacks)));
@@ -101,6 +105,7 @@ absl::Status LabGuest::Build(Deadline deadline) {
                    layout.Take(MemoryWorkload::Bytes(config_.options), "the memory workload"));
   memory_ = std::make_unique<MemoryWorkload>(ram_, memory_gpa, config_.options,
                                              [this](const std::string& what) { Report(what); });
+  if (balloon_ != nullptr) balloon_->SetFreed(memory_->freed_gpa(), memory_->freed_bytes());
   return absl::OkStatus();
 }
 

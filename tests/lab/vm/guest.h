@@ -19,6 +19,7 @@
 #include "common/clock.h"
 #include "common/fd.h"
 #include "common/status.h"
+#include "tests/lab/vm/balloon.h"
 #include "tests/lab/vm/guest_device.h"
 #include "tests/lab/vm/memory_workload.h"
 #include "tests/lab/vm/options.h"
@@ -136,7 +137,8 @@ class LabGuest {
   uint64_t shared_gpa_ = 0;
   std::unique_ptr<MemoryWorkload> memory_;
   std::vector<std::unique_ptr<GuestDevice>> devices_;
-  bool here_ = false;  // memory holds a guest: booted or loaded
+  GuestBalloon* balloon_ = nullptr;  // one of them, if there is one
+  bool here_ = false;                // memory holds a guest: booted or loaded
   int64_t lost_check_us_ = 0;
   std::string typed_;  // and not obeyed yet
 

@@ -184,8 +184,9 @@ absl::Status GuestDevice::Load(const json& state) {
   }
   // capacity, the first field of virtio_blk_config, must not change under a guest.
   const auto config = state.at("config").get<std::vector<uint8_t>>();
-  if (config.size() >= 8 && (frontend_.config().size() < 8 ||
-                             !std::equal(config.begin(), config.begin() + 8, frontend_.config().begin()))) {
+  if (frontend_.options().class_ == v1::BLK && config.size() >= 8 &&
+      (frontend_.config().size() < 8 ||
+       !std::equal(config.begin(), config.begin() + 8, frontend_.config().begin()))) {
     return Error(absl::StatusCode::kFailedPrecondition, "device {}: its capacity differs here", name());
   }
   features_ = features;

@@ -4,6 +4,7 @@
 #include <map>
 #include <sstream>
 
+#include "agent/vmm/qmp/qemu_command.h"
 #include "tests/lab/guest/block_format.h"
 
 namespace baton::lab {
@@ -94,6 +95,13 @@ absl::Status AddDevice(const std::string& text, Chardevs& chardevs,
     chardev = found["chardev"];
     ASSIGN_OR_RETURN(uint64_t queues, ParseNumber("queues", found["queues"]));
     device.queues = static_cast<uint32_t>(queues);
+  } else if (driver == vmm::kGenericDevice && properties["virtio-id"] == "5") {
+    // Baton's balloon, behind QEMU's generic vhost-user device.
+    device.class_ = v1::BALLOON;
+    ASSIGN_OR_RETURN(uint64_t queues, ParseNumber("num_vqs", properties["num_vqs"]));
+    ASSIGN_OR_RETURN(uint64_t size, ParseNumber("vq_size", properties["vq_size"]));
+    device.queues = static_cast<uint32_t>(queues);
+    device.queue_size = static_cast<uint32_t>(size);
   } else {
     return Wrong("-device {}: not a device of the lab guest", driver);
   }

@@ -40,6 +40,20 @@ absl::StatusOr<LaunchOptions> Parse(const vmm::QemuCommand& command) {
   return ParseCommandLine({argv->begin() + 1, argv->end()});
 }
 
+TEST(LabOptionsTest, BatonsBalloonIsADeviceLikeOthers) {
+  vmm::QemuCommand command = Command();
+  command.spec.set_balloon(false);
+  command.spec.set_free_page_hints(true);
+  auto options = Parse(command);
+  ASSERT_TRUE(options.ok()) << options.status();
+  const DeviceOptions& balloon = options->devices.back();
+  EXPECT_EQ(balloon.name, "balloon");
+  EXPECT_EQ(balloon.class_, v1::BALLOON);
+  EXPECT_EQ(balloon.socket, "/run/with,comma/dev-balloon.sock");
+  EXPECT_EQ(balloon.queues, 4u);
+  EXPECT_EQ(balloon.queue_size, 128u);
+}
+
 TEST(LabOptionsTest, WhatBatonMakesForQemuIsUnderstood) {
   vmm::QemuCommand command = Command();
   command.qmp_fd = 3;
