@@ -95,8 +95,8 @@ struct Sides {
   const char* there;  // "at the destination"
 };
 
-std::vector<v1::Finding> Compare(const v1::Device& source, const v1::Device& destination,
-                                 const Sides& sides) {
+std::vector<v1::Finding> Compare(const v1::Device& source, const v1::Device& destination, const Sides& sides,
+                                 const v1::MigrationParams& params) {
   std::vector<v1::Finding> out;
   auto add = [&](v1::Severity severity, const char* code, const std::string& message,
                  const std::string& remedy) {
