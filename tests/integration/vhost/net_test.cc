@@ -164,7 +164,7 @@ class UmlNet : public ::testing::Test {
 
 TEST_F(UmlNet, FramesReturnWholeAndInOrder_AcrossChangesOfTheRule) {
   StartDevice();
-  StartGuest();
+  ASSERT_NO_FATAL_FAILURE(StartGuest());
   for (char key : {'2', '1', '2'}) {
     ASSERT_TRUE(guest_->Type(key).ok());
     auto changed = guest_->WaitFor("CHANNELS", Deadline::After(seconds(10)));
@@ -180,7 +180,7 @@ TEST_F(UmlNet, FramesReturnWholeAndInOrder_AcrossChangesOfTheRule) {
 
 TEST_F(UmlNet, StateMovesToAnotherDeviceUnderTheRunningGuest) {
   StartDevice();
-  StartGuest();
+  ASSERT_NO_FATAL_FAILURE(StartGuest());
   ASSERT_TRUE(guest_->Type('2').ok());
   ASSERT_TRUE(guest_->WaitFor("CHANNELS 2", Deadline::After(seconds(10))).ok());
   ASSERT_TRUE(guest_->Progress(2, Deadline::After(seconds(20))).ok());
@@ -210,7 +210,7 @@ TEST_F(UmlNet, StateMovesToAnotherDeviceUnderTheRunningGuest) {
 
 TEST_F(UmlNet, GuestThatCan_IsAskedToAnnounceItself) {
   StartDevice();
-  StartGuest();
+  ASSERT_NO_FATAL_FAILURE(StartGuest());
   const int before = network_.Seen(kArp);
   ASSERT_TRUE(mediator_->Announce(Deadline::After(seconds(5))).ok());
   EXPECT_TRUE(Eventually([&] { return network_.Seen(kArp) > before; }, seconds(10)));
@@ -222,7 +222,7 @@ TEST_F(UmlNet, GuestThatCan_IsAskedToAnnounceItself) {
 
 TEST_F(UmlNet, GuestThatCannot_IsAnnouncedByRarp) {
   StartDevice(virtio::kNetFGuestAnnounce);
-  StartGuest();
+  ASSERT_NO_FATAL_FAILURE(StartGuest());
   ASSERT_TRUE(mediator_->Announce(Deadline::After(seconds(5))).ok());
   EXPECT_TRUE(Eventually([&] { return network_.Seen(kRarp) == 5; }, seconds(10)));
   ExpectResult(/*may_lose=*/false);
