@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <future>
 
+#include "agent/vhost/backend_state.h"
 #include "agent/vhost/mediator_impl.h"
 #include "agent/vhost/probe.h"
 #include "agent/virtio/features.h"
@@ -62,12 +63,12 @@ absl::StatusOr<SwapResult> Mediator::Impl::SwapNow(const SwapOptions& wanted,
   if (link_.state == LinkState::kHeld) return refuse(absl::StatusCode::kFailedPrecondition, message_);
   if (link_.state == LinkState::kOverdue)
     return refuse(absl::StatusCode::kUnavailable, "its back-end owes an answer: " + message_);
-  if (wanted.inflight == v1::HANDOFF) {
-    return Error(
-        v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
-        "device {}: its back-end ({}) does not suspend with requests in flight and confirm that it has "
-        "cancelled them; use drain",
-        name(), quirks_.name);
+  if (wanted.inflight == v1::HANDOFF && Ready() && !quirks_.confirms_cancel) {
+    // A fence would keep the new one from the storage as well: both are on this host.
+    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+                 "device {}: its back-end ({}) does not confirm that it has cancelled what it had in flight; "
+                 "use drain",
+                 name(), quirks_.name);
   }
 
   // The new one first, up to the point where it could start the rings.
@@ -115,14 +116,43 @@ absl::StatusOr<SwapResult> Mediator::Impl::SwapNow(const SwapOptions& wanted,
 
   // Then the old one.
   const auto began = Clock::now();
-  if (was_ready) {
+  SwapResult result;
+  const bool hand_over = was_ready && wanted.inflight == v1::HANDOFF;
+  const std::vector<uint32_t> suspended = hand_over ? RunningRings() : std::vector<uint32_t>();
+  if (hand_over) {
+    stop_.sets.clear();
+    // What it says is in flight is in the region, which goes on to the new one.
+    if (absl::Status stopped = SuspendRings(); !stopped.ok())
+      return Annotate(WithReason(stopped, v1::INFLIGHT_UNKNOWN), fmt::format("device {}", name()));
+    for (const auto& [index, set] : stop_.sets) result.handed_off += static_cast<uint32_t>(set.size());
+    stop_.sets.clear();
+    for (uint32_t index : suspended) Memorize(index);
+  } else if (was_ready) {
     absl::Status stopped = StopForSwap(Deadline::After(wanted.drain_bound));
     if (!stopped.ok()) return Annotate(stopped, fmt::format("device {}", name()));
   }
-  if (absl::Status recorded = record ? record() : absl::OkStatus(); !recorded.ok()) {
-    if (was_ready) ResumeAfterSwap();
-    return Annotate(recorded, fmt::format("device {}: its new back-end could not be recorded", name()));
+  auto keep_old = [&](const absl::Status& why, const std::string& what) {
+    if (hand_over) {
+      ResumeSuspended(suspended);
+    } else if (was_ready) {
+      ResumeAfterSwap();
+    }
+    return Annotate(why, fmt::format("device {}: {}", name(), what));
+  };
+  if (was_ready) {
+    // What the guest told the device through its control queue, among others.
+    v1::DeviceState own;
+    absl::Status moved = SaveStateInto(&own, Deadline::After(options_.request_timeout));
+    if (moved.ok() && !own.backend_state().empty()) {
+      moved = LoadBackendState(*fresh.link.frontend, own.backend_state(),
+                               Deadline::After(options_.request_timeout));
+      if (!moved.ok()) moved = WithReason(moved, v1::DESTINATION_BACKEND_FAILED);
+      fresh.link.state_loaded = moved.ok();
+    }
+    if (!moved.ok()) return keep_old(moved, "the state of its back-end was not moved");
   }
+  if (absl::Status recorded = record ? record() : absl::OkStatus(); !recorded.ok())
+    return keep_old(recorded, "its new back-end could not be recorded");
 
   // From here on there is only the new one.
   ForgetErrors();
@@ -137,7 +167,6 @@ absl::StatusOr<SwapResult> Mediator::Impl::SwapNow(const SwapOptions& wanted,
   message_.clear();
   LOG_INFO("device {}: back-end {} replaced by {}", name(), old_backend.socket(), options_.backend.socket());
   absl::Status built = BuildRings();
-  SwapResult result;
   result.pause = Clock::now() - began;
   if (built.ok()) return result;
   if (absl::IsFailedPrecondition(built)) {

@@ -225,6 +225,38 @@ TEST_F(MediatorSwap, ADeadBackendIsReplacedWithWhatItHadInFlight) {
   EXPECT_EQ(vmm_->GetBase().value_or(99), 5u);
 }
 
+TEST_F(MediatorSwap, RequestsInFlightAreHandedOver) {
+  // It completes nothing by itself, so whatever is done was handed over.
+  Begin({.inflight = true, .suspends = true, .delay_us = 3600000000u});
+  StartOther({.inflight = true, .suspends = true});
+  for (uint16_t i = 0; i < 4; ++i) vmm_->Submit(i, true, i, 1);
+  ASSERT_TRUE(backend_->AwaitFetched(4));
+  SwapOptions wanted = To("other.sock");
+  wanted.inflight = v1::HANDOFF;
+  auto failed = Swap(wanted, absl::ResourceExhaustedError("disk full"));
+  EXPECT_THAT(Message(failed.status()), testing::HasSubstr("disk full"));
+  EXPECT_EQ(Socket(), dir_ + "/backend.sock");
+  auto swapped = Swap(wanted);
+  ASSERT_TRUE(swapped.ok()) << swapped.status();
+  EXPECT_EQ(Socket(), dir_ + "/other.sock");
+  EXPECT_TRUE(vmm_->AwaitUsed(4)) << mediator_->Describe().ShortDebugString();
+  for (uint16_t i = 0; i < 4; ++i) EXPECT_EQ(*vmm_->At(FakeVmm::kBuffers + i * 0x1000 + 0x800), 0) << i;
+  backend_.reset();
+  done_ = 4;
+  Work(3);
+}
+
+TEST_F(MediatorSwap, WhatCannotSuspendIsNotAskedToHandOver) {
+  Begin({.inflight = true});
+  StartOther({.inflight = true});
+  SwapOptions wanted = To("other.sock");
+  wanted.inflight = v1::HANDOFF;
+  auto swapped = Swap(wanted);
+  EXPECT_EQ(ReasonOf(swapped.status()), v1::INFLIGHT_UNKNOWN) << swapped.status();
+  EXPECT_EQ(Socket(), dir_ + "/backend.sock");
+  Work(2);
+}
+
 TEST_F(MediatorSwap, ADeviceThatTheGuestHasNotStarted) {
   StartBackend();
   StartMediator();
