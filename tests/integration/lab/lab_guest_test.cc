@@ -24,13 +24,12 @@ std::string Bin(const std::string& name) { return std::string(BATON_BINARY_DIR) 
 
 HarnessOptions Options() {
   HarnessOptions options;
-  options.backend = {Bin("baton-lab-backend"), "--inflight", "--drains", "--delay-us", "200"};
+  options.backend = {Bin("baton-lab-device"), "--exit-on-eof", "--latency-max-us", "200"};
+  options.backend_says_ready = true;
   options.queues = 2;
   options.workload.writers = 8;
   options.workload.blocks = 128;
   options.workload.pages = 64;
-  // What the back-end does not do.
-  options.workload.indirect = false;
   return options;
 }
 
@@ -171,8 +170,8 @@ class LabProgramTest : public testing::Test {
   }
   absl::StatusOr<std::unique_ptr<vmm::QmpDriver>> Launch(const std::string& host, bool incoming) {
     const std::string run = dir_ + "/" + host;
-    auto backend = BackendProcess::Start({Bin("baton-lab-backend"), "--inflight", "--drains"},
-                                         vmm::DeviceSocketPath(run, "disk0"), dir_ + "/image", false, Soon());
+    auto backend = BackendProcess::Start({Bin("baton-lab-device"), "--exit-on-eof"},
+                                         vmm::DeviceSocketPath(run, "disk0"), dir_ + "/image", true, Soon());
     if (!backend.ok()) return backend.status();
     backends_.push_back(*std::move(backend));
     vmm::QemuLaunch launch;
@@ -181,7 +180,7 @@ class LabProgramTest : public testing::Test {
     launch.command.spec.set_memory_bytes(16 << 20);
     launch.command.spec.set_vcpus(1);
     launch.command.spec.mutable_boot()->set_kernel("/dev/null");
-    launch.command.spec.mutable_boot()->set_cmdline("lab.blocks=64 lab.writers=4 lab.indirect=0");
+    launch.command.spec.mutable_boot()->set_cmdline("lab.blocks=64 lab.writers=4");
     auto* disk = launch.command.spec.add_devices();
     disk->set_name("disk0");
     disk->set_class_(v1::BLK);

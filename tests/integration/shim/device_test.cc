@@ -57,17 +57,17 @@ class DeviceTest : public testing::Test {
     EXPECT_EQ(NumberIn(*result, "memory_errors").value_or(0), 0u) << *result;
   }
 
-  // A lab back-end with an in-flight region that completes late and out of order; it ends with `Process`.
-  Process StartLabBackend(const std::string& socket) {
+  // A lab device that completes late and out of order; it ends with `Process`.
+  Process StartLabDevice(const std::string& socket) {
     std::filesystem::remove(socket);
     SpawnOptions spawn;
-    spawn.argv = {std::string(BATON_BINARY_DIR) + "/bin/baton-lab-backend",
+    spawn.argv = {std::string(BATON_BINARY_DIR) + "/bin/baton-lab-device",
+                  "--exit-on-eof",
                   "--socket",
                   socket,
                   "--image",
                   image_,
-                  "--inflight",
-                  "--delay-us",
+                  "--latency-max-us",
                   "4000"};
     int fds[2];
     EXPECT_EQ(::pipe2(fds, O_CLOEXEC), 0);
@@ -162,24 +162,24 @@ TEST_F(DeviceTest, SwapToWhatCannotTakeOver_TheOldOneServesOn) {
 
 TEST_F(DeviceTest, ShimAndBackendDieWithRequestsInFlight_NothingIsLostOrRepeated) {
   const std::string socket = host_->disk_socket();
-  Process backend = StartLabBackend(socket);
+  Process backend = StartLabDevice(socket);
   ASSERT_NO_FATAL_FAILURE(BootVm(v1::LAB, 8));
   for (int round = 0; round < 3; ++round) {
     host_->KillShim();
     if (round > 0) {
       Kill(backend);
-      backend = StartLabBackend(socket);
+      backend = StartLabDevice(socket);
     }
     ASSERT_TRUE(host_->StartShimAgain(v1::ShimConfig::ADOPT).ok());
     ASSERT_TRUE(host_->WaitState(v1::Vm::RUNNING, Soon()).ok());
     ASSERT_NO_FATAL_FAILURE(ExpectWrites());
     Kill(backend);
-    backend = StartLabBackend(socket);
+    backend = StartLabDevice(socket);
     ASSERT_NO_FATAL_FAILURE(ExpectWrites());
   }
   // And a swap among them: out of order, with a region.
   const std::string second = dirs_.dir() + "/second.sock";
-  Process other = StartLabBackend(second);
+  Process other = StartLabDevice(second);
   auto swapped = Swap(second);
   ASSERT_TRUE(swapped.ok()) << swapped.status();
   Kill(backend);

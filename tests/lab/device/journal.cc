@@ -17,7 +17,7 @@
 namespace baton::lab {
 namespace {
 
-constexpr uint64_t kSector = 512;
+constexpr uint64_t kJournalSector = 512;
 
 std::string Words(const JournalRecord& r) {
   return fmt::format("device {} {} queue {} counter {} offset {} length {} tag {}", r.device,
@@ -110,7 +110,8 @@ absl::StatusOr<JournalVerdict> CheckJournal(const std::vector<JournalRecord>& re
         continue;
     }
     if (!rules.tags_grow || r.tag == 0) continue;
-    for (uint64_t at = r.offset / kSector; at < (r.offset + r.length + kSector - 1) / kSector; ++at) {
+    for (uint64_t at = r.offset / kJournalSector;
+         at < (r.offset + r.length + kJournalSector - 1) / kJournalSector; ++at) {
       Sector& s = sectors[at];
       if (r.event == JournalEvent::kBegin) {
         if (r.tag <= s.published) {

@@ -11,8 +11,6 @@
 namespace baton::lab {
 namespace {
 
-constexpr uint64_t kMiB = 1 << 20;
-
 class LabDeviceTest : public ::testing::TestWithParam<uint64_t> {
  protected:
   LabDeviceTest() { directory_.MakeImage(4 * kMiB); }

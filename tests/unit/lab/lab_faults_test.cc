@@ -16,7 +16,6 @@
 namespace baton::lab {
 namespace {
 
-constexpr uint64_t kMiB = 1 << 20;
 constexpr uint64_t kHour = 3600u * 1000000u;
 
 class LabFaultsTest : public ::testing::Test {

@@ -19,6 +19,7 @@
 
 namespace baton::lab {
 
+inline constexpr uint64_t kMiB = 1 << 20;
 inline constexpr uint32_t kRead = 0, kWriteOut = 1, kFlushAll = 4, kIdentify = 8, kAppend = 15;
 
 inline Deadline InTime() { return Deadline::After(std::chrono::seconds(20)); }
