@@ -14,7 +14,7 @@ namespace {
 constexpr uint64_t kBlockBytes = uint64_t{4} << 20;
 // Inflate, deflate, hints: reporting is not asked for.
 constexpr uint32_t kBalloonRings = 3, kHintRing = 2;
-constexpr uint32_t kWords = 64;
+constexpr uint32_t kCommandWords = 64;
 constexpr Duration kConfigTime = std::chrono::seconds(5);
 
 }  // namespace
@@ -28,7 +28,7 @@ struct GuestBalloon::State {
   uint64_t at;  // of the freed memory, named so far in this session
   uint64_t named;
   // Command buffers; each stays as it is until the ring has long gone past it.
-  uint32_t words[kWords];
+  uint32_t words[kCommandWords];
 };
 
 GuestBalloon::GuestBalloon(const DeviceOptions& options, const WorkloadOptions& workload, const Ram& ram,
@@ -82,7 +82,7 @@ void GuestBalloon::Issue(int64_t) {
 
 bool GuestBalloon::Say(uint32_t word) {
   State& s = state();
-  const uint32_t slot = s.next_word % kWords;
+  const uint32_t slot = s.next_word % kCommandWords;
   s.words[slot] = word;
   const Piece piece{gpa_ + offsetof(State, words) + 4 * slot, 4, false};
   if (!Submit(kHintRing, s.next_tag, {&piece, 1})) return false;

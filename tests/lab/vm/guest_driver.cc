@@ -19,7 +19,7 @@ absl::StatusOr<std::pair<UniqueFd, UniqueFd>> MakePair() {
   return std::make_pair(UniqueFd(pair[0]), UniqueFd(pair[1]));
 }
 
-void WriteAll(int fd, const std::string& bytes) {
+void WriteWhole(int fd, const std::string& bytes) {
   const timeval limit{kStateSeconds, 0};
   (void)::setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
   for (size_t done = 0; done < bytes.size();) {
@@ -80,7 +80,7 @@ absl::Status LabGuestDriver::ContinueState(Deadline deadline) {
   if (!out_) return absl::FailedPreconditionError("the guest was not frozen");
   ASSIGN_OR_RETURN(std::string state, guest_->Save(deadline));
   if (mover_.joinable()) mover_.join();
-  mover_ = std::thread([fd = std::move(out_), state = std::move(state)] { WriteAll(fd.get(), state); });
+  mover_ = std::thread([fd = std::move(out_), state = std::move(state)] { WriteWhole(fd.get(), state); });
   return absl::OkStatus();
 }
 

@@ -14,7 +14,7 @@ constexpr uint32_t kVirtioHeader = 12;
 constexpr uint64_t kBuffer = 2048;
 // "Local experimental" of IEEE 802.
 constexpr uint16_t kEtherType = 0xb588;  // 0x88b5 in network order
-constexpr int64_t kMillion = 1000000, kPeriodUs = 1000;
+constexpr int64_t kPacketMillion = 1000000, kPacketPeriodUs = 1000;
 constexpr uint8_t kControlMq = 4, kControlMqPairs = 0;
 constexpr uint8_t kNoAck = 0xee;
 
@@ -167,7 +167,7 @@ void NetWorkload::Issue(int64_t now_us) {
   const uint64_t rate = setup_.options.packets;
   if (rate != 0 && header().silent == 0) {
     if (start_us_ == 0) start_us_ = now_us;
-    uint64_t due = static_cast<uint64_t>(now_us - start_us_) * rate / kMillion;
+    uint64_t due = static_cast<uint64_t>(now_us - start_us_) * rate / kPacketMillion;
     if (due > done_ + rate / 10 + 1) {
       start_us_ = now_us;
       done_ = 0;
@@ -176,7 +176,7 @@ void NetWorkload::Issue(int64_t now_us) {
     for (; done_ < due; ++done_) {
       for (uint32_t pair = 0; pair < setup_.pairs; ++pair) (void)Send(pair, now_us);
     }
-    next_due_ = now_us + std::max<int64_t>(kPeriodUs, kMillion / static_cast<int64_t>(rate));
+    next_due_ = now_us + std::max<int64_t>(kPacketPeriodUs, kPacketMillion / static_cast<int64_t>(rate));
   }
   for (uint32_t queue = 0; queue < 2 * setup_.pairs + (setup_.control ? 1 : 0); ++queue) port_.Kick(queue);
 }

@@ -22,12 +22,12 @@ constexpr Duration kWriteTime = std::chrono::seconds(10);
 // What the stream begins with, before the guest stands still; the state itself follows it.
 constexpr char kPreamble[] = "baton-lab-guest state\n";
 
-Deadline Soon() { return Deadline::After(kGuestTime); }
+Deadline GuestDeadline() { return Deadline::After(kGuestTime); }
 
 json Refusal(const std::string& words) { return {{"error", {{"class", "GenericError"}, {"desc", words}}}}; }
 json Empty() { return {{"return", json::object()}}; }
 
-absl::Status WriteAll(int fd, const std::string& bytes) {
+absl::Status SendAll(int fd, const std::string& bytes) {
   const Deadline deadline = Deadline::After(kWriteTime);
   for (size_t done = 0; done < bytes.size();) {
     ssize_t n = ::send(fd, bytes.data() + done, bytes.size() - done, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -106,7 +106,7 @@ void QmpServer::ReadClient() {
 
 void QmpServer::Send(const json& message) {
   if (!client_) return;
-  if (!WriteAll(client_.get(), message.dump(-1, ' ', false, json::error_handler_t::replace) + "\r\n").ok())
+  if (!SendAll(client_.get(), message.dump(-1, ' ', false, json::error_handler_t::replace) + "\r\n").ok())
     client_.reset();
 }
 
@@ -239,8 +239,8 @@ void QmpServer::BeginMigration() {
   SetMigration("active");
   was_running_ = guest_.running();
   // Bytes of the set-up stage, so that whoever reads the stream meets both.
-  absl::Status status = WriteAll(out_.get(), kPreamble);
-  if (status.ok()) status = guest_.Pause(Soon());
+  absl::Status status = SendAll(out_.get(), kPreamble);
+  if (status.ok()) status = guest_.Pause(GuestDeadline());
   if (!status.ok()) return FailMigration(status);
   run_state_ = "finish-migrate";
   Event("STOP");
@@ -251,8 +251,8 @@ json QmpServer::Continue() {
   if (migration_ != "pre-switchover") return Refusal("Migration not in expected state: " + migration_);
   later_.emplace_back([this] {
     SetMigration("device");
-    auto state = guest_.Save(Soon());
-    absl::Status status = state.ok() ? WriteAll(out_.get(), *state) : state.status();
+    auto state = guest_.Save(GuestDeadline());
+    absl::Status status = state.ok() ? SendAll(out_.get(), *state) : state.status();
     if (!status.ok()) return FailMigration(status);
     out_.reset();
     run_state_ = "postmigrate";
@@ -266,7 +266,7 @@ void QmpServer::FailMigration(const absl::Status& why) {
   error_ = Message(why);
   out_.reset();
   SetMigration("failed");
-  if (was_running_ && guest_.Run(Soon()).ok()) Event("RESUME");
+  if (was_running_ && guest_.Run(GuestDeadline()).ok()) Event("RESUME");
 }
 
 json QmpServer::CancelMigration() {
@@ -276,7 +276,7 @@ json QmpServer::CancelMigration() {
       out_.reset();
       SetMigration("cancelled");
       // QEMU starts a guest again that it stopped for the migration.
-      if (was_running_ && guest_.Run(Soon()).ok()) Event("RESUME");
+      if (was_running_ && guest_.Run(GuestDeadline()).ok()) Event("RESUME");
     });
   }
   return Empty();
@@ -286,7 +286,7 @@ json QmpServer::Cont() {
   if (run_state_ == "inmigrate") return Refusal("Guest is waiting for an incoming migration");
   if (out_) return Refusal("Migration is not finalized yet");
   if (guest_.running()) return Empty();
-  absl::Status status = guest_.Run(Soon());
+  absl::Status status = guest_.Run(GuestDeadline());
   if (!status.ok()) return Refusal(Message(status));
   Event("RESUME");
   return Empty();
@@ -294,7 +294,7 @@ json QmpServer::Cont() {
 
 json QmpServer::StopGuest() {
   if (!guest_.running()) return Empty();
-  absl::Status status = guest_.Pause(Soon());
+  absl::Status status = guest_.Pause(GuestDeadline());
   if (!status.ok()) return Refusal(Message(status));
   run_state_ = "paused";
   Event("STOP");
@@ -315,7 +315,7 @@ void QmpServer::ReadState() {
   absl::Status status = !named ? absl::DataLossError("the state ends before it begins")
                         : state_.compare(0, kSkip, kPreamble) != 0
                             ? absl::DataLossError("not the state of a lab guest")
-                            : guest_.Load(state_.substr(kSkip), Soon());
+                            : guest_.Load(state_.substr(kSkip), GuestDeadline());
   if (status.ok()) {
     run_state_ = "paused";
     return SetMigration("completed");
