@@ -58,6 +58,11 @@ void Mediator::Impl::OnErrors() {
 
 void Mediator::Impl::OnDeviceError(uint32_t index) {
   errors_muted_until_ = Clock::now() + kErrorPause;
+  // Told on the channel, and by the descriptor, too: one event.
+  uint64_t told = 0;
+  if (auto fd = error_fds_.find(index);
+      fd != error_fds_.end() && ::read(fd->second.get(), &told, sizeof told) < 0)
+    LOG_DEBUG("device {}: ring {}: nothing more is told", name(), index);
   auto vring = record_.vrings.find(index);
   if (vring == record_.vrings.end()) return;
   Inject(vring->second.err);

@@ -13,6 +13,7 @@ BackendThread::BackendThread(const BackendOptions& options) : stop_(::eventfd(0,
   lab::BlkOptions blk;
   blk.image = options.image;
   blk.latency_max_us = options.delay_us;
+  blk.no_space = options.no_space;
   lab::LabDeviceOptions device;
   device.socket = options.socket;
   // FakeVmm accepts what it is offered.

@@ -28,6 +28,7 @@ struct BackendOptions {
   // Added to the base that a stop is answered with.
   int32_t base_offset = 0;
   uint32_t delay_us = 0;  // each request takes up to so long, at random: completions come out of order
+  bool no_space = false;  // holds writes, and tells of an error for each
   uint64_t less_features = 0, less_protocol = 0;  // not offered
   uint32_t silent_at = 0;                         // the request (by number) that is never answered
   uint32_t garble_at = 0;                         // the request that is answered with a malformed reply

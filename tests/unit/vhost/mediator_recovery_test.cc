@@ -173,7 +173,7 @@ TEST_F(MediatorRecovery, WhatIsNotedIsForgottenWithTheVm) {
 // --- what the back-end tells of errors ---
 
 TEST_F(MediatorRecovery, ErrorsOfTheBackendBecomeEventsAndReachTheVmm) {
-  StartBackend({.inflight = true, .delay_us = kSlow, .tells_errors = true});
+  StartBackend({.inflight = true, .no_space = true});
   MediatorOptions options = Options();
   options.memo_dir = dir_;
   ASSERT_NO_FATAL_FAILURE(StartMediator(std::move(options)));

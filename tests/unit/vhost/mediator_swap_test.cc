@@ -84,7 +84,7 @@ TEST_F(MediatorSwap, ThereAndBack) {
 TEST_F(MediatorSwap, RequestsInFlightAreDoneOnceAtTheOldOne) {
   for (bool region : {false, true}) {
     done_ = 0;
-    Begin({.inflight = region, .drains = !region, .delay_us = 50000});
+    Begin({.inflight = region, .delay_us = 50000});
     StartOther({.inflight = region});
     for (uint16_t i = 0; i < 5; ++i) vmm_->Submit(i, true, i, static_cast<uint8_t>(10 + i));
     auto swapped = Swap(To("other.sock"));
