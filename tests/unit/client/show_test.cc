@@ -48,7 +48,7 @@ TEST(Show, DomainIsShownWithItsDevicesAndWhatItMisses) {
   const std::string wide = VmTable({vm}, true, 0).Render();
   EXPECT_THAT(wide, HasSubstr("vda(vhost-user)"));
   EXPECT_THAT(wide, HasSubstr("libvirt (ns_web)"));
-  EXPECT_THAT(wide, HasSubstr("1 GiB"));
+  EXPECT_THAT(wide, HasSubstr("1.00 GiB"));
   const std::string text = DescribeVm(vm, 0);
   for (const char* part : {"ns_web", "/var/tmp/spdk.sock", "without Baton", "a device that cannot"})
     EXPECT_THAT(text, HasSubstr(part));
