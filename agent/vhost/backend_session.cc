@@ -321,7 +321,7 @@ absl::Status Mediator::Impl::BuildRings() {
     RETURN_IF_ERROR(fe.Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline()));
     link_.enabled[index] = *vring.enabled;
   }
-  if (record_.status && (fe.protocol_features() & pf::kStatus)) {
+  if (record_.status.value_or(0) != 0 && (fe.protocol_features() & pf::kStatus)) {
     RETURN_IF_ERROR(fe.SetU64(Request::kSetStatus, *record_.status, RequestDeadline()));
   }
   return absl::OkStatus();
@@ -406,7 +406,7 @@ void Mediator::Impl::Reconcile() {
       RETURN_IF_ERROR(fe.Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline()));
       link_.enabled[index] = *vring.enabled;
     }
-    if (record_.status && (fe.protocol_features() & pf::kStatus)) {
+    if (record_.status.value_or(0) != 0 && (fe.protocol_features() & pf::kStatus)) {
       RETURN_IF_ERROR(fe.SetU64(Request::kSetStatus, *record_.status, RequestDeadline()));
     }
     return absl::OkStatus();

@@ -453,6 +453,12 @@ absl::Status Mediator::Impl::OnSetConfig(const WireMessage& m, absl::Status* ref
 absl::Status Mediator::Impl::OnStatus(const WireMessage& m, absl::Status* refused) {
   record_.status = m.As<uint64_t>();
   if (!Ready()) return absl::OkStatus();
+  // QEMU resets the status behind each of its stops. That of a migration is no reset: what is in flight, and
+  // the state of its own that a back-end is asked for, would be lost with it. Neither is one that left a ring
+  // running, to go on in place (StopVring).
+  const bool left = std::any_of(link_.vrings.begin(), link_.vrings.end(),
+                                [](const auto& entry) { return entry.second.must_stop; });
+  if (*record_.status == 0 && (Armed() || left)) return absl::OkStatus();
   return Forward(link_.frontend->SetU64(Request::kSetStatus, *record_.status, RequestDeadline()), refused);
 }
 

@@ -29,7 +29,9 @@ class Devices(ClusterTest):
         return json.loads(result.stdout) if result.returncode == 0 else result
 
     def device(self):
-        return json.loads(self.cluster.ctl("device", "list", "vm1", "-o", "json").stdout)["devices"][0]
+        """As batond knows it; nothing while no shim has told it."""
+        devices = json.loads(self.cluster.ctl("device", "list", "vm1", "-o", "json").stdout)["devices"]
+        return devices[0] if devices else {"state": "", "backend": {"socket": ""}}
 
     def back(self):
         """Ends with the storage daemon that the host's configuration names, as the next test expects it."""
@@ -91,6 +93,73 @@ class Devices(ClusterTest):
         waiting.release()
         ended = self.cluster.wait_ended(migration)
         self.assertEqual(ended["phase"], "SUCCEEDED", ended.get("message"))
+        self.assert_clean()
+
+
+class Errors(ClusterTest):
+    """A device that runs out of space holds its writes and says so."""
+    LAB_STORAGE = ()
+
+    def setUp(self):
+        super().setUp()
+        self.have_guest()
+        self.source, self.destination = self.ends()
+        self.storage = self.cluster.agents[self.source].storage
+        self.before = len(self.migrations())
+        self.addCleanup(self.cluster.ctl, "policy", "set", "default", "--on-device-error", "nothing", "--inflight", "drain")
+        self.addCleanup(self.storage.set, no_space=False)
+
+    def device(self):
+        return (self.cluster.vm().get("devices") or [{"state": "", "events": "0"}])[0]
+
+    def events(self):
+        return int(self.device()["events"])
+
+    def migrations(self):
+        """Oldest first."""
+        return list(reversed((self.cluster.get("migrations") or {}).get("migrations", [])))
+
+    def first_migration(self):
+        found = wait_until(lambda: self.migrations()[self.before:], "a migration", 60, pause=0.1)
+        self.assertEqual((found[0]["labels"]["cause"], found[0]["labels"]["device"]), ("device-event", "disk0"))
+        return self.cluster.wait_ended(found[0]["name"], 60)
+
+    def test_an_error_is_seen_and_outlives_the_shim(self):
+        seen = self.events()
+        self.storage.set(no_space=True)
+        wait_until(lambda: self.events() > seen, "an event of the device", 30, pause=0.1)
+        self.assertGreater(int(self.device()["last_event"]["held"]), 0)
+        self.assertIn("requests held", self.cluster.ctl("device", "list", "vm1").stdout)
+        self.storage.set(no_space=False)
+        self.guest.wait_writes(5)
+        # Nobody said that the guest shall be moved.
+        self.assertEqual(len(self.migrations()), self.before)
+        seen = self.events()
+        (shim,) = self.cluster.agents[self.source].shims()
+        shim.end()
+        wait_until(lambda: self.device()["state"] == "ACTIVE", "a new shim", 30, pause=0.2)
+        self.assertEqual(self.events(), seen)
+        self.guest.wait_writes(5)
+        self.assert_clean()
+
+    def test_what_is_held_does_not_drain_and_the_guest_stays(self):
+        self.cluster.ctl("policy", "set", "default", "--on-device-error", "migrate", "--event-backoff", "1s")
+        self.storage.set(no_space=True)
+        first = self.first_migration()
+        self.assertEqual((first["phase"], first["reason"], first["guest_location"]), ("FAILED", "DRAIN_TIMEOUT", "SOURCE"))
+        # There is room again: the next attempt succeeds.
+        self.storage.set(no_space=False)
+        wait_until(lambda: self.cluster.host_of() == self.destination, f"the guest on {self.destination}", 60, pause=0.2)
+        self.assert_runs_only(self.destination)
+        self.assert_clean()
+
+    def test_what_is_held_is_handed_over_and_done_at_the_destination(self):
+        self.cluster.ctl("policy", "set", "default", "--on-device-error", "migrate", "--inflight", "handoff")
+        self.storage.set(no_space=True)
+        first = self.first_migration()
+        self.assertEqual(first["phase"], "SUCCEEDED", first.get("message"))
+        self.assertGreater(int(first["progress"]["inflight_handed_off"]), 0)
+        self.assert_runs_only(self.destination)
         self.assert_clean()
 
 
