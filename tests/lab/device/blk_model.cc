@@ -225,11 +225,7 @@ void BlkModel::Start(Work& w) {
     w.status = kIoErr;
     w.refused = true;
   }
-  if (w.refused) {
-    Ended(w);
-    return;
-  }
-  if (!w.io->replayed && q.order && !q.order->MayStart(Classify(w))) {
+  if (!w.refused && !w.io->replayed && q.order && !q.order->MayStart(Classify(w))) {
     w.state = State::kBlocked;
     q.blocked.push_back(w.io->slot);
     return;
@@ -360,7 +356,7 @@ bool BlkModel::Parse(Work& w) {
 
 bool BlkModel::Delay(Work& w, State state) {
   const uint64_t most = std::max(options_.latency_us, options_.latency_max_us);
-  if (most == 0) return false;
+  if (most == 0 || (w.io->replayed && !options_.delay_replays)) return false;
   uint64_t us = options_.latency_us;
   if (most > us) us += random_() % (most - us + 1);
   const Clock::time_point when = Clock::now() + std::chrono::microseconds(us);
@@ -408,6 +404,11 @@ void BlkModel::Retime() {
 }
 
 void BlkModel::Begin(Work& w) {
+  if (w.refused) {
+    w.state = State::kRunning;
+    Ended(w);
+    return;
+  }
   if (options_.no_space && TakesSpace(w.type)) {
     Hold(w);
     return;
@@ -753,6 +754,8 @@ absl::Status BlkModel::Set(const nlohmann::json& command) {
       good = number(next.latency_max_us);
     } else if (key == "latency_after") {
       good = flag(next.latency_after);
+    } else if (key == "delay_replays") {
+      good = flag(next.delay_replays);
     } else if (key == "shuffle") {
       good = number(next.shuffle);
     } else if (key == "no_space") {

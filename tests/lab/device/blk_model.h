@@ -37,6 +37,8 @@ struct BlkOptions {
   uint32_t latency_max_us = 0;
   // The time passes after the storage did its work, before the guest is told; else before it is asked.
   bool latency_after = false;
+  // Requests from the in-flight region take their time like others.
+  bool delay_replays = true;
   // Ended requests are collected until there are so many (or nothing else runs) and completed in random
   // order.
   uint32_t shuffle = 0;

@@ -463,7 +463,9 @@ absl::Status LabDevice::AnswerBases() {
     Vring& ring = RingAt(due.queue);
     if (ring.stopping && ring.outstanding > 0) break;
     ASSIGN_OR_RETURN(uint32_t base, BaseOf(ring));
-    base += static_cast<uint32_t>(options_.faults.base_offset);
+    if (due.request == kMsgGetBaseSkipDrain || (protocol_ & kPfGetBaseInflight)) {
+      base += static_cast<uint32_t>(options_.faults.base_offset);
+    }
     bases_.pop_front();
     if (ring.started && !ring.stopping) StopRing(ring, StopMode::kSuspend);  // it does not drain
     ring.base = base;

@@ -48,7 +48,7 @@ struct LabFaults {
   uint32_t refuse_at = 0;
   // The connection is closed instead.
   uint32_t disconnect_at = 0;
-  // Added to the base that a stop is answered with, which then is wrong.
+  // Added to the base that a suspension is answered with, which then is wrong.
   int32_t base_offset = 0;
   // The process ends at the `crash_after`-th passing of this point (CrashPoints() names them all).
   std::string crash_at;

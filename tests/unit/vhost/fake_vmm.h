@@ -25,7 +25,7 @@ struct BackendOptions {
   bool inflight = false;  // offers INFLIGHT_SHMFD
   // Offers GET_VRING_BASE_SKIP_DRAIN, or protocol bit 20 instead.
   bool suspends = false, suspends_by_bit_20 = false;
-  // Added to the base that a stop is answered with.
+  // Added to the base that such a stop is answered with.
   int32_t base_offset = 0;
   uint32_t delay_us = 0;  // each request takes up to so long, at random: completions come out of order
   bool no_space = false;  // holds writes, and tells of an error for each

@@ -27,8 +27,10 @@ class MediatorRecovery : public MediatorFixture {
     ASSERT_NO_FATAL_FAILURE(vmm_->Negotiate());
     ASSERT_NO_FATAL_FAILURE(vmm_->SetMemory());
     ASSERT_NO_FATAL_FAILURE(vmm_->StartRing());
-    for (uint16_t i = 0; i < 3; ++i) vmm_->Submit(4, true, i, 1);
-    ASSERT_TRUE(vmm_->AwaitUsed(3));
+    for (uint16_t i = 0; i < 3; ++i) {
+      vmm_->Submit(4, true, i, 1);
+      ASSERT_TRUE(vmm_->AwaitUsed(static_cast<uint16_t>(i + 1)));
+    }
     StartBackend({.inflight = true, .delay_us = kSlow});
     for (int i = 0; i < 2000 && mediator_->Describe().reconnects() == 0; ++i) ::usleep(1000);
     ASSERT_EQ(mediator_->Describe().reconnects(), 1u);
