@@ -50,6 +50,18 @@ absl::Status Mediator::Impl::TakeOver(const v1::DeviceState& state) {
   }
   const auto format = state.acked_features() & virtio::kFRingPacked ? virtio::RingFormat::kPacked
                                                                     : virtio::RingFormat::kSplit;
+  // The region is laid out for the kind of rings, which a back-end learns with the features. QEMU, too, says
+  // them first (vhost_dev_prepare_inflight), and again when it starts the device.
+  const uint64_t features = state.acked_features() | virtio::kVhostUserFProtocolFeatures;
+  if (link_.features_sent != features) {
+    absl::Status sent =
+        link_.frontend->SetU64(Request::kSetFeatures, features, RequestDeadline(), /*fence=*/true);
+    if (!sent.ok()) {
+      if (!absl::IsFailedPrecondition(sent)) LoseBackend(sent);
+      return refuse(Message(sent));
+    }
+    link_.features_sent = features;
+  }
   // The stride is the back-end's own affair; its answer tells it.
   auto answer = link_.frontend->GetInflight(static_cast<uint16_t>(queues), static_cast<uint16_t>(size),
                                             RequestDeadline());

@@ -108,6 +108,20 @@ TEST_F(LabGuestTest, MovesToAnotherMediatorAndBackend) {
   EXPECT_GT(figures->longest_stop, Duration(0));
 }
 
+TEST_F(LabGuestTest, RequestsOfPackedRingsAreHandedOver) {
+  // The destination's back-end has not heard of the guest's features yet, and a region for packed rings is
+  // laid out differently.
+  HarnessOptions options = Options();
+  options.workload.packed = true;
+  options.backend.insert(options.backend.end(), {"--latency-us", "5000"});
+  Start(options);
+  for (int i = 0; i < 3; ++i) {
+    ExpectOk(harness_->AwaitWrites(10));
+    ExpectOk(harness_->Move(/*handoff=*/true));
+    ExpectOk(harness_->Verify());
+  }
+}
+
 TEST_F(LabGuestTest, AWriteThatTheBackendForgetsIsFound) {
   // The judgement is not blind in this place: an image that goes back in time behind the guest's back.
   Start(Options());
