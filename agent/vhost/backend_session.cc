@@ -190,6 +190,9 @@ void Mediator::Impl::RefreshConfig() {
 uint64_t Mediator::Impl::EffectiveFeatures() const {
   uint64_t features = record_.features.value_or(0);
   if (logging_) features |= virtio::kVhostFLogAll;
+  // Without a status in use there is nothing to suspend by. The VMM decides about that (see kWanted).
+  if (record_.protocol_features & offer_.protocol_features & pf::kStatus)
+    features |= offer_.features & virtio::kFSuspend;
   return features;
 }
 

@@ -4,6 +4,7 @@
 //   backend_session.cc  connecting, building the device at the back-end, losing it, starting and stopping
 //   ring_control.cc     where a ring is to start, and its start;  ring_stop.cc  drain and stop
 //   inflight_region.cc  the in-flight region, and what outlives the shim;  inflight_sets.cc  what it says
+//   suspend_status.cc   the stop of a device that has a status for it
 //   suspend.cc fence.cc handing over what is in flight;  takeover.cc  being given it
 //   logging.cc          dirty logging;  migration_ops.cc  the stop of a migration
 //   device_state.cc     the state out of it and into it
@@ -76,6 +77,8 @@ struct Link {
   bool inflight_sent = false;
   bool log_sent = false;
   bool state_loaded = false;  // the device state that this connection has to begin with
+  // Suspended by its status (VIRTIO 1.4): the status to go on with.
+  std::optional<uint64_t> suspended;
   std::map<uint32_t, AppliedVring> vrings;
   std::map<uint32_t, bool> enabled;
   Clock::time_point hello_until{};
@@ -224,6 +227,11 @@ class Mediator::Impl {
   void StopAllRings();
   std::vector<uint32_t> RunningRings() const;
   void DrainRings();
+  // suspend_status.cc: stops the whole device by its status, where it offers that; it completes what it has.
+  bool SuspendsByStatus() const;
+  void SuspendByStatus(Deadline deadline);
+  // Lets a device that was suspended so go on.
+  absl::Status LiftSuspend();
   // Stops all without completing; an error says why that may not be, and then they run again.
   absl::Status SuspendRings();
   absl::Status JudgeSets(const std::vector<uint32_t>& rings, const std::vector<uint32_t>& bases);

@@ -97,6 +97,7 @@ absl::Status Mediator::Impl::ReleaseHeldRings(bool force) {
 absl::Status Mediator::Impl::StartVring(uint32_t index) {
   VringRecord& vring = record_.vrings[index];
   Frontend& fe = *link_.frontend;
+  RETURN_IF_ERROR(LiftSuspend());
   if (ResumesInPlace(index)) return ResumeInPlace(index);
   if (AppliedVring& applied = link_.vrings[index]; applied.running) {
     // Set up anew by the guest while it still ran for the old ring.

@@ -49,7 +49,8 @@ uint32_t Mediator::Impl::StopVring(uint32_t index) {
   const Deadline deadline = StopDeadline(/*begin=*/true);
   // GET_VRING_BASE makes libvhost-user close the call descriptor; a completion after that breaks the device,
   // and every later completion is lost. So the ring first runs empty, and one that does not is left running.
-  if (!record_.packed() && RunsEmpty() && !AwaitAllUsed(index, deadline)) {
+  // A device that is suspended takes nothing more from the ring, and has nothing to complete.
+  if (!record_.packed() && !link_.suspended && RunsEmpty() && !AwaitAllUsed(index, deadline)) {
     if (!Ready()) return UsedIndex(index);
     link_.vrings[index].must_stop = true;
     message_ = fmt::format("ring {} still has requests in flight at the bound of its stop", index);

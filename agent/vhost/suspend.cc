@@ -50,7 +50,9 @@ void Mediator::Impl::StopAllRings() {
       LOG_INFO("device {}: drains instead of handing over what is in flight: {}", name(), stop_.drain_reason);
     }
   }
-  if (Ready() && stop_.sets.empty()) DrainRings();
+  if (!Ready() || !stop_.sets.empty()) return;
+  if (SuspendsByStatus()) SuspendByStatus(StopDeadline(false));
+  if (Ready()) DrainRings();
 }
 
 std::vector<uint32_t> Mediator::Impl::RunningRings() const {
@@ -66,7 +68,7 @@ std::vector<uint32_t> Mediator::Impl::RunningRings() const {
 void Mediator::Impl::DrainRings() {
   // Only rings that have run empty: the answers come at once then, and one after the other loses nothing but
   // a round trip each. The others are stopped one by one, each with what is left of the bound.
-  if (!quirks_.pipelines || record_.packed() || !RunsEmpty()) return;
+  if (link_.suspended || !quirks_.pipelines || record_.packed() || !RunsEmpty()) return;
   std::vector<uint32_t> rings = RunningRings();
   for (uint32_t index : rings) {
     if (!AwaitAllUsed(index, StopDeadline(false))) return;

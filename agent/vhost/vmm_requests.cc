@@ -89,7 +89,9 @@ absl::Status Mediator::Impl::Reply(const WireMessage& m, std::span<const uint8_t
 
 uint64_t Mediator::Impl::FeaturesForVmm() const {
   // ACCESS_PLATFORM would need IOTLB messages, which are not relayed.
-  return (offer_.features & ~virtio::kFAccessPlatform) | virtio::kVhostUserFProtocolFeatures;
+  // SUSPEND is the mediator's own, for the stop of a migration.
+  return (offer_.features & ~(virtio::kFAccessPlatform | virtio::kFSuspend)) |
+         virtio::kVhostUserFProtocolFeatures;
 }
 
 uint64_t Mediator::Impl::ProtocolFeaturesForVmm() const {

@@ -20,6 +20,8 @@ inline constexpr uint64_t kFVersion1 = Bit(32);
 inline constexpr uint64_t kFAccessPlatform = Bit(33);
 inline constexpr uint64_t kFRingPacked = Bit(34);
 inline constexpr uint64_t kFInOrder = Bit(35);
+// VIRTIO 1.4: the status bit SUSPEND.
+inline constexpr uint64_t kFSuspend = Bit(43);
 
 // Experimental, and no feature of any version of VIRTIO: docs/partial-order.md. Of the bits that 1.4 reserves
 // for rings and transports, the one that it will assign last.
