@@ -23,6 +23,10 @@ BackendThread::BackendThread(const BackendOptions& options) : stop_(::eventfd(0,
   device.without_features = options.less_features | ~(virtio::kFVersion1 | kBlkFlush | virtio::kVhostFLogAll |
                                                       virtio::kVhostUserFProtocolFeatures);
   device.without_protocol = options.less_protocol;
+  if (options.suspends_by_status) {
+    device.extra_features = virtio::kFSuspend;
+    device.without_features &= ~virtio::kFSuspend;
+  }
   if (!options.suspends) device.without_protocol |= lab::kPfGetBaseSkipDrain;
   if (!options.suspends_by_bit_20) device.without_protocol |= lab::kPfGetBaseInflight;
   device.inflight = options.inflight;
@@ -50,6 +54,10 @@ BackendThread::~BackendThread() {
 bool BackendThread::AwaitFetched(uint64_t n) {
   return backend_->Command({{"cmd", "wait"}, {"counter", "fetched"}, {"at_least", n}, {"timeout_ms", 5000}})
       .value("ok", false);
+}
+
+uint64_t BackendThread::Counter(const std::string& name) {
+  return backend_->Command({{"cmd", "stats"}})["counters"].value(name, uint64_t{0});
 }
 
 FakeVmm::FakeVmm(const std::string& socket) {

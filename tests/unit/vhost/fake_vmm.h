@@ -29,6 +29,7 @@ struct BackendOptions {
   int32_t base_offset = 0;
   uint32_t delay_us = 0;  // each request takes up to so long, at random: completions come out of order
   bool no_space = false;  // holds writes, and tells of an error for each
+  bool suspends_by_status = false;                // offers the feature SUSPEND of VIRTIO 1.4
   uint64_t less_features = 0, less_protocol = 0;  // not offered
   uint32_t silent_at = 0;                         // the request (by number) that is never answered
   uint32_t garble_at = 0;                         // the request that is answered with a malformed reply
@@ -41,6 +42,8 @@ class BackendThread {
   ~BackendThread();
   // Waits until `n` requests have been fetched by it in all.
   bool AwaitFetched(uint64_t n);
+  // A counter of the lab device.
+  uint64_t Counter(const std::string& name);
 
  private:
   std::unique_ptr<lab::LabDevice> backend_;

@@ -334,5 +334,33 @@ TEST(CompareForMigration, AHandoffThatCannotBeIsAWarning) {
   EXPECT_THAT(warned(params), HasSubstr("at the destination something else"));
 }
 
+// VIRTIO 1.4: the device as a whole completes what it has, and nothing is handed over.
+TEST_F(HandoffTest, ADeviceWithTheSuspendStatusIsStoppedByIt) {
+  constexpr uint64_t kRunning = 15;
+  ordered_ = false;
+  for (bool stays : {true, false}) {
+    ASSERT_NO_FATAL_FAILURE(Begin({.delay_us = 50000, .suspends_by_status = true}));
+    auto offered = vmm_->Get(Request::kGetFeatures);
+    ASSERT_TRUE(offered.ok());
+    EXPECT_FALSE(*offered & virtio::kFSuspend) << "it is not the guest's";
+    ASSERT_EQ(vmm_->Set(Request::kSetStatus, kRunning).value_or(1), 0u);
+    ASSERT_NO_FATAL_FAILURE(Submit(4));
+    auto state = Stop();
+    ASSERT_TRUE(state.ok()) << state.status();
+    EXPECT_EQ(backend_->Counter("suspended"), 1u);
+    EXPECT_EQ(told_, 4u);
+    EXPECT_EQ(vmm_->UsedIndex(), 4u);
+    if (stays) {
+      ASSERT_TRUE(mediator_->DisarmStop().ok());
+      ASSERT_NO_FATAL_FAILURE(vmm_->StartRing(static_cast<uint16_t>(told_)));
+      vmm_->Submit(4, true, 9, 0x77);
+      ASSERT_TRUE(vmm_->AwaitUsed(5)) << "it goes on with the status that it had";
+    }
+    vmm_.reset();
+    mediator_.reset();
+    backend_.reset();
+  }
+}
+
 }  // namespace
 }  // namespace baton::vhost
