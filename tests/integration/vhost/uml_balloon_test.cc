@@ -61,6 +61,9 @@ class CompareSource final : public memory::DirtySource {
       out[0].Set(at >> memory::kPageShift);
       if (baseline_taken_) ever.Set(at >> memory::kPageShift);
     }
+    // A page that is changed and changed back between two looks was sent as it was in between. Such pages are
+    // busy ones, and what was seen to change once is sent in every later round.
+    if (baseline_taken_) out[0].Union(ever);
     baseline_taken_ = true;
     return absl::OkStatus();
   }
