@@ -148,7 +148,8 @@ TEST_F(UmlMediator, KilledBackendWithInflightRegionLosesNothingAtDepth) {
   ExpectClean();
 }
 
-// Linux's own driver keeps sixteen requests in flight, and its disk is given from one back-end to another and back.
+// Linux's own driver keeps sixteen requests in flight, and its disk is given from one back-end to another and
+// back.
 TEST_F(UmlMediator, SwappedBackendUnderTheRunningGuest) {
   StartQsd();
   const std::string second = work_.Path("second.sock");

@@ -113,7 +113,7 @@ class NetModel : public DeviceModel {
   std::vector<uint8_t> config_;
   uint16_t status_ = virtio::kNetStatusLinkUp;
   std::vector<bool> started_;
-  bool loaded_ = false;  // a state is there whose driver will come
+  bool loaded_ = false;                         // a state is there whose driver will come
   std::vector<std::deque<DelayedTx>> delayed_;  // by queue
   std::deque<std::vector<uint8_t>> backlog_;    // towards the driver, oldest first
   size_t backlog_bytes_ = 0;
