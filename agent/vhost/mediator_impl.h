@@ -155,6 +155,8 @@ class Mediator::Impl {
   absl::Status OnGetConfig(const WireMessage& m);
   absl::Status OnSetConfig(const WireMessage& m, absl::Status* refused);
   absl::Status OnStatus(const WireMessage& m, absl::Status* refused);
+  // Some ring runs at the back-end.
+  bool AnyRuns() const;
   absl::Status OnResetDevice(absl::Status* refused);
   absl::Status CheckIndex(const WireMessage& m, uint64_t index) const;
 
@@ -350,6 +352,7 @@ class Mediator::Impl {
   bool offer_known_ = false;
   std::vector<uint8_t> config_;
   bool config_changed_ = false;
+  bool status_reset_due_ = false;  // the VMM's SET_STATUS 0 waits until no ring runs
   bool rebuild_counts_ = false;
   uint32_t reconnects_ = 0;
   uint32_t swaps_ = 0;

@@ -68,6 +68,7 @@ void Mediator::Impl::EndVmmSession() {
   vmm_.Close();
   const bool used = record_.features.has_value() || !record_.memory.empty();
   record_ = DeviceRecord();
+  status_reset_due_ = false;
   held_rings_.clear();
   announce_mac_.reset();
   expected_seen_.clear();
@@ -327,6 +328,11 @@ absl::Status Mediator::Impl::OnGetVringBase(const WireMessage& m) {
     vring.told = told;
     stop_ended_ = Clock::now();
     Memorize(state.index);
+    if (status_reset_due_ && Ready() && !AnyRuns()) {
+      status_reset_due_ = false;
+      absl::Status refused;
+      RETURN_IF_ERROR(Forward(link_.frontend->SetU64(Request::kSetStatus, 0, RequestDeadline()), &refused));
+    }
   }
   vring.kick = {};
   VringState answer{state.index, told};
@@ -452,15 +458,20 @@ absl::Status Mediator::Impl::OnSetConfig(const WireMessage& m, absl::Status* ref
   return absl::OkStatus();
 }
 
+bool Mediator::Impl::AnyRuns() const {
+  return std::any_of(link_.vrings.begin(), link_.vrings.end(),
+                     [](const auto& entry) { return entry.second.running; });
+}
+
 absl::Status Mediator::Impl::OnStatus(const WireMessage& m, absl::Status* refused) {
   record_.status = m.As<uint64_t>();
   if (!Ready()) return absl::OkStatus();
-  // QEMU resets the status behind each of its stops. That of a migration is no reset: what is in flight, and
-  // the state of its own that a back-end is asked for, would be lost with it. Neither is one that left a ring
-  // running, to go on in place (StopVring).
-  const bool left = std::any_of(link_.vrings.begin(), link_.vrings.end(),
-                                [](const auto& entry) { return entry.second.must_stop; });
-  if (*record_.status == 0 && (Armed() || left)) return absl::OkStatus();
+  // QEMU resets the status with each of its stops, up to 7.2 before it has stopped the rings: what is in
+  // flight then, and the state of its own that a back-end is asked for in a migration, would be lost with it.
+  // So a reset waits until no ring runs; one of a migration's stop is none, and neither is one that left a
+  // ring running, to go on in place (StopVring).
+  status_reset_due_ = *record_.status == 0 && !Armed() && AnyRuns();
+  if (*record_.status == 0 && (Armed() || AnyRuns())) return absl::OkStatus();
   return Forward(link_.frontend->SetU64(Request::kSetStatus, *record_.status, RequestDeadline()), refused);
 }
 

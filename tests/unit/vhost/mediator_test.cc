@@ -108,6 +108,17 @@ TEST_F(MediatorTest, RequestWithoutItsKickIsDrainedByTheStop) {
   EXPECT_EQ(state->vrings(0).used_idx(), 2u);
 }
 
+// QEMU 7.2 resets the status before it stops the rings.
+TEST_F(MediatorTest, StatusResetAheadOfTheStopCancelsNothing) {
+  Begin({.delay_us = 200000});
+  const uint64_t up = 0xf, reset = 0;
+  ASSERT_TRUE(vmm_->Set(Request::kSetStatus, up).ok());
+  for (uint16_t i = 0; i < 3; ++i) vmm_->Submit(i, true, i, 1);
+  ASSERT_TRUE(vmm_->Set(Request::kSetStatus, reset).ok());
+  EXPECT_EQ(vmm_->GetBase().value_or(99), 3u);
+  EXPECT_EQ(vmm_->UsedIndex(), 3u);
+}
+
 TEST_F(MediatorTest, SlowRequestsEndTheStopAtItsBoundAndTheRingGoesOn) {
   Begin({.delay_us = 400000});
   for (uint16_t i = 0; i < 4; ++i) vmm_->Submit(i, true, i, 4);
