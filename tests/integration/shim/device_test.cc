@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <signal.h>
 
 #include <filesystem>
@@ -73,11 +74,19 @@ class DeviceTest : public testing::Test {
     EXPECT_EQ(::pipe2(fds, O_CLOEXEC), 0);
     UniqueFd in(fds[0]);
     keep_.emplace_back(fds[1]);
+    EXPECT_EQ(::pipe2(fds, O_CLOEXEC), 0);
+    UniqueFd out(fds[0]), its_out(fds[1]);
     spawn.stdin_fd = in.get();
+    spawn.stdout_fd = its_out.get();
     spawn.stderr_fd = 2;
     auto backend = Process::Spawn(spawn);
     EXPECT_TRUE(backend.ok()) << backend.status();
-    for (Deadline deadline = Soon(); !std::filesystem::exists(socket) && !deadline.Expired();) ::usleep(2000);
+    its_out.reset();
+    // It says "ready" when it listens; the socket's file is there a moment before that.
+    pollfd ready{out.get(), POLLIN, 0};
+    char word[16];
+    EXPECT_EQ(::poll(&ready, 1, Soon().PollTimeoutMs()), 1) << "the lab device is not ready";
+    EXPECT_GT(::read(out.get(), word, sizeof word), 0) << "the lab device has ended";
     return *std::move(backend);
   }
   void Kill(Process& process) {
