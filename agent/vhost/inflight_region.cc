@@ -32,8 +32,10 @@ absl::StatusOr<std::vector<uint8_t>> ReadRegion(int fd, uint64_t offset, uint64_
 }  // namespace
 
 absl::Status Mediator::Impl::EnsureInflight() {
-  if (!(link_.frontend->protocol_features() & pf::kInflightShmfd) || link_.inflight_sent)
-    return absl::OkStatus();
+  if (!(link_.frontend->protocol_features() & pf::kInflightShmfd)) return absl::OkStatus();
+  // A firmware drives split rings where its guest then asks for packed ones, which need another region.
+  const bool misfit = record_.inflight && !RegionStride(record_.inflight.description).ok();
+  if (link_.inflight_sent && !misfit) return absl::OkStatus();
   uint32_t size = std::max<uint32_t>(options_.spec.queue_size(), 256);
   uint32_t queues = static_cast<uint32_t>(offer_.queues);
   bool needed = false;

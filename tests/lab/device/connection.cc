@@ -436,7 +436,11 @@ absl::Status LabDevice::SetStatus(uint64_t status) {
   if (status > 0xff) return absl::InvalidArgumentError("a status has 8 bits");
   const auto next = static_cast<uint8_t>(status);
   if (next == 0) {
-    ResetDevice();
+    // QEMU 7.2 resets the status at a stop before it asks where the rings are: those go on until then.
+    suspended_ = suspending_ = false;
+    status_ = 0;
+    if (rings_running_ == 0) model_->Reset();
+    for (auto& [index, ring] : rings_) UpdateRing(ring);
     return absl::OkStatus();
   }
   if ((next & kSuspend) && (features_ & kFSuspend) && !suspended_) {

@@ -434,7 +434,11 @@ void LabDevice::ResetDevice() {
   }
   for (auto& [index, ring] : rings_) Settle(ring);
   PublishAll();
-  for (auto& [index, ring] : rings_) DropRing(ring);
+  for (auto& [index, ring] : rings_) {
+    // Who asks afterwards where it was is told.
+    if (ring.queue) ring.base = Encode(*ring.queue, StopBase());
+    DropRing(ring);
+  }
   model_->Reset();
   suspended_ = suspending_ = false;
   status_ = 0;
