@@ -31,6 +31,7 @@
 #include "agent/vhost/frontend.h"
 #include "agent/vhost/mediator.h"
 #include "agent/vhost/quirks.h"
+#include "agent/virtio/blk_in_flight.h"
 #include "agent/virtio/inflight.h"
 #include "agent/virtio/split_ring.h"
 #include "common/unix_socket.h"
@@ -139,6 +140,7 @@ class Mediator::Impl {
   absl::Status Dispatch(WireMessage& m);
   absl::Status Reply(const WireMessage& m, std::span<const uint8_t> payload, std::span<const int> fds = {});
   absl::Status ReplyU64(const WireMessage& m, uint64_t value) { return Reply(m, Bytes(value)); }
+  void AssumeStatus(Request request);
   uint64_t FeaturesForVmm() const;
   uint64_t ProtocolFeaturesForVmm() const;
   // Each returns an error to refuse the message and thereby the VMM's connection. What the back-end refused
@@ -236,6 +238,7 @@ class Mediator::Impl {
   absl::Status LiftSuspend();
   // Stops all without completing; an error says why that may not be, and then they run again.
   absl::Status SuspendRings();
+  void MarkBuffersDirty(const std::vector<virtio::GuestSpan>& buffers);
   absl::Status JudgeSets(const std::vector<uint32_t>& rings, const std::vector<uint32_t>& bases);
   void ResumeSuspended(const std::vector<uint32_t>& rings);
   // The base as the VMM is told it: the next request to fetch.
@@ -345,7 +348,8 @@ class Mediator::Impl {
   UniqueFd inotify_;
   std::unique_ptr<DeviceMemo> memo_;
   Connection vmm_;
-  bool vmm_heard_ = false;  // the VMM has said something on this connection
+  bool vmm_heard_ = false;    // the VMM has said something on this connection
+  bool vmm_assumed_ = false;  // it negotiated nothing, because it goes on with what it had
   DeviceRecord record_;
   Link link_;
   Offer offer_;

@@ -144,6 +144,7 @@ absl::Status Mediator::Impl::JudgeSets(const std::vector<uint32_t>& rings,
   question.fenced = HasFence();  // asked last, and only if something is in flight
   const bool order_kept = OrderKept();
   std::vector<virtio::BlkRequest> requests;
+  std::vector<virtio::GuestSpan> buffers;
   for (size_t i = 0; i < rings.size(); ++i) {
     const uint32_t index = rings[i];
     ASSIGN_OR_RETURN(auto part, virtio::InflightPart(geometry, region, static_cast<uint16_t>(index)));
@@ -151,7 +152,7 @@ absl::Status Mediator::Impl::JudgeSets(const std::vector<uint32_t>& rings,
     if (!set.ok()) return Annotate(set.status(), fmt::format("ring {}", index));
     const uint64_t desc = record_.packed() ? record_.Packed(index)->desc : record_.Split(index)->desc;
     const auto n = static_cast<uint16_t>(record_.vrings[index].num);
-    for (virtio::BlkRequest& request : virtio::ReadBlkRequests(memory, desc, n, *set)) {
+    for (virtio::BlkRequest& request : virtio::ReadBlkRequests(memory, desc, n, *set, &buffers)) {
       question.classes.Add(request.cls);
       if (!order_kept) requests.push_back(std::move(request));
     }
@@ -167,7 +168,22 @@ absl::Status Mediator::Impl::JudgeSets(const std::vector<uint32_t>& rings,
   if (AnyOverlap(requests)) {
     return Unsafe("requests in flight overlap, and not both back-ends are known to submit them in order");
   }
+  MarkBuffersDirty(buffers);
   return absl::OkStatus();
+}
+
+// What a read had brought when it was given up is in memory, but in no log: a back-end logs what it
+// completes.
+void Mediator::Impl::MarkBuffersDirty(const std::vector<virtio::GuestSpan>& buffers) {
+  const uint64_t last = record_.memory.last_gpa();
+  uint64_t total = 0;
+  for (const virtio::GuestSpan& buffer : buffers) {
+    if (buffer.size == 0 || buffer.gpa > last || buffer.size - 1 > last - buffer.gpa) continue;
+    // A guest that names all of its memory again and again gets it marked once.
+    total += buffer.size;
+    if (total > last) return MarkDirty(0, last + 1);
+    MarkDirty(buffer.gpa, buffer.size);
+  }
 }
 
 uint32_t Mediator::Impl::ToldBase(const virtio::InflightSet& set) const {

@@ -37,7 +37,7 @@ void Mediator::Impl::AcceptVmm() {
   auto fd = listen_.Accept();
   if (!fd.ok() || !fd->valid()) return;
   vmm_ = Connection(std::move(*fd));
-  vmm_heard_ = false;
+  vmm_heard_ = vmm_assumed_ = false;
   LOG_INFO("device {}: VMM connected", name());
 }
 
@@ -50,7 +50,9 @@ void Mediator::Impl::ServeVmm() {
         message->request() != Request::kGetFeatures && message->request() != Request::kSetOwner) {
       LOG_INFO("device {}: the VMM goes on with what it had agreed on before", name());
       record_.protocol_features = ProtocolFeaturesForVmm() & ~pf::kStatus;
+      vmm_assumed_ = true;
     }
+    if (vmm_assumed_) AssumeStatus(message->request());
     status = ValidateRequest(*message, record_.protocol_features);
     if (status.ok()) status = Dispatch(*message);
   } else if (absl::IsUnavailable(status)) {
@@ -86,6 +88,17 @@ void Mediator::Impl::EndVmmSession() {
 absl::Status Mediator::Impl::Reply(const WireMessage& m, std::span<const uint8_t> payload,
                                    std::span<const int> fds) {
   return vmm_.Send(m.header.request, kReplyFlags, payload, fds, Deadline::After(kMessageTime));
+}
+
+// A status is assumed only once the VMM speaks of one: a back-end that is told of the feature may wait for
+// DRIVER_OK, which a VMM without it never sends.
+void Mediator::Impl::AssumeStatus(Request request) {
+  if (request != Request::kGetStatus && request != Request::kSetStatus) return;
+  if ((record_.protocol_features | ~offer_.protocol_features) & pf::kStatus) return;
+  record_.protocol_features |= pf::kStatus;
+  if (!Ready()) return;
+  absl::Status told = link_.frontend->SetProtocolFeatures(EffectiveProtocolFeatures(), RequestDeadline());
+  if (!told.ok()) LoseBackend(told);
 }
 
 uint64_t Mediator::Impl::FeaturesForVmm() const {

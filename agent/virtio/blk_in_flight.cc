@@ -11,7 +11,8 @@ namespace {
 // Gathers one request's first bytes and lengths, reusing its buffers for the next.
 class BlkReader {
  public:
-  BlkReader(const MemoryView& memory, uint64_t desc, uint16_t n) : memory_(memory), desc_(desc), n_(n) {}
+  BlkReader(const MemoryView& memory, uint64_t desc, uint16_t n, std::vector<GuestSpan>* buffers = nullptr)
+      : memory_(memory), desc_(desc), n_(n), buffers_(buffers) {}
 
   BlkRequest Read(const InflightSet& set, const InflightRequest& request) {
     head_.clear();
@@ -74,6 +75,7 @@ class BlkReader {
     if (++count_ > MaxChain(n_)) return false;
     if (flags & kDescWrite) {
       writable_ += len;
+      if (buffers_) buffers_->push_back({addr, len});
       return true;
     }
     if (writable_) return false;
@@ -110,6 +112,7 @@ class BlkReader {
   const MemoryView& memory_;
   const uint64_t desc_;
   const uint16_t n_;
+  std::vector<GuestSpan>* const buffers_;
   std::vector<uint8_t> head_;
   uint64_t readable_ = 0, writable_ = 0;
   uint32_t count_ = 0;
@@ -120,10 +123,10 @@ class BlkReader {
 }  // namespace
 
 std::vector<BlkRequest> ReadBlkRequests(const MemoryView& memory, uint64_t desc, uint16_t n,
-                                        const InflightSet& set) {
+                                        const InflightSet& set, std::vector<GuestSpan>* buffers) {
   std::vector<BlkRequest> out;
   out.reserve(set.size());
-  BlkReader reader(memory, desc, n);
+  BlkReader reader(memory, desc, n, buffers);
   for (const InflightRequest& request : set.requests) out.push_back(reader.Read(set, request));
   return out;
 }

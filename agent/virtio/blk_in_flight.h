@@ -15,10 +15,17 @@
 
 namespace baton::virtio {
 
+// A piece of guest memory.
+struct GuestSpan {
+  uint64_t gpa = 0;
+  uint64_t size = 0;
+};
+
 // `desc`: guest physical address of the ring's descriptors (of a split ring the table; a packed set holds its
-// own). `n`: size of the ring. One for each request of `set`, in its order.
+// own). `n`: size of the ring. One for each request of `set`, in its order. `buffers`, if given, gets what
+// the device may write of them: addresses and lengths are the guest's, and not checked.
 std::vector<BlkRequest> ReadBlkRequests(const MemoryView& memory, uint64_t desc, uint16_t n,
-                                        const InflightSet& set);
+                                        const InflightSet& set, std::vector<GuestSpan>* buffers = nullptr);
 
 // The classes of the set's requests. Of a disk they are read from memory, of other devices ClassesOf.
 ClassesPresent ReadClasses(const MemoryView& memory, uint64_t desc, uint16_t n, const InflightSet& set,
