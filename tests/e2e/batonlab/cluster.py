@@ -84,12 +84,22 @@ class LabStorage:
     def start(self):
         program = self.cluster.lab.program("baton-lab-device")
         sockets = list(zip((self.socket, self.second_socket), self.cluster.images))
+        # What a killed one left behind would look like one that is ready.
+        for path in (self.socket, self.second_socket, self.control):
+            if os.path.exists(path):
+                os.unlink(path)
         for number, (path, image) in enumerate(sockets):
             words = [program, "--socket", path, "--image", image, *self.options]
             if number == 0:
                 words += ["--control", self.control]
             self.processes.append(self.cluster.lab.spawn(words, f"storage-{self.host}-{number}", host=self.host))
-        wait_until(lambda: all(os.path.exists(path) for path, _ in sockets), f"lab device {self.host}")
+        wait_until(lambda: all(os.path.exists(path) for path, _ in sockets) and self.answers(), f"lab device {self.host}")
+
+    def answers(self):
+        try:
+            return self.stats()["ok"]
+        except LabError:
+            return False
 
     def set(self, **settings):
         """Faults and latencies, from now on."""
