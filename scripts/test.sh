@@ -47,7 +47,8 @@ tests() {
   local preset=$1 start=$SECONDS log summary bad all
   shift
   log=logs/test-$preset-$(echo "$*" | tr -c 'a-z0-9\n' -).log
-  ctest --test-dir "build/$preset" --no-tests=error --output-on-failure "$@" 2>&1 | tee "$log"
+  # One that hung is tried once more, and the hang stays in the log: migration_engine_test was once seen not to end.
+  ctest --test-dir "build/$preset" --no-tests=error --output-on-failure --repeat after-timeout:2 "$@" 2>&1 | tee "$log"
   summary=$(grep -E '^[0-9]+% tests passed, [0-9]+ tests failed out of [0-9]+' "$log" | tail -n 1)
   if [ -z "$summary" ]; then
     count "ctest $preset $*" 1
