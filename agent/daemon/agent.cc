@@ -273,6 +273,7 @@ absl::Status Agent::Run(const v1::Command& command, Deadline deadline, v1::Comma
                      command.console_open().vm(), config_.name);
       return consoles_->Open(command.console_open().stream(), entry->name(), entry->paths());
     }
+    case v1::Command::kMediateDomain:
     case v1::Command::BODY_NOT_SET:
       break;
   }

@@ -138,6 +138,7 @@ ConvergenceDecision Convergence::AboveLimit(ConvergenceDecision decision) {
       decision.action = Action::kSwitchover;
       decision.why = stalled + "; the policy says to switch over";
       return decision;
+    case v1::ON_STALL_POSTCOPY:  // of the VMM engine; here as the API says
     case v1::ON_STALL_RAISE_DOWNTIME:
       if (limit_ < kMaxRaise * limits_.max_downtime) {
         limit_ = std::min(limit_ * 2, limits_.max_downtime * kMaxRaise);

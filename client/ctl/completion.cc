@@ -35,7 +35,7 @@ const std::map<std::string, std::vector<std::string>>& OptionWords() {
       {"--output", {"table", "wide", "json", "yaml", "name"}},
       {"--phase",
        {"QUEUED", "PREPARING", "PRECOPY", "SWITCHOVER", "FINISHING", "SUCCEEDED", "FAILED", "CANCELLED"}},
-      {"--on-stall", {"abort", "raise-downtime", "switchover"}},
+      {"--on-stall", {"abort", "raise-downtime", "switchover", "postcopy"}},
       {"--engine", {"auto", "agent", "vmm"}},
       {"--inflight", {"drain", "handoff"}},
       {"--kind", {"qemu-storage-daemon", "dpdk", "spdk", "libvhost-user", "lab"}},

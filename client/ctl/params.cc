@@ -60,9 +60,9 @@ std::shared_ptr<ParamOptions> AddParamOptions(CLI::App* command) {
   text("--max-duration", &o->max_duration, "Give up after this long (1h)", "DURATION");
   text("--bandwidth", &o->bandwidth, "Limit a second (500MiB, 10Gbit, unlimited)", "RATE");
   text("--drain-timeout", &o->drain_timeout, "Bound of stopping a device (5s)", "DURATION");
-  text("--on-stall", &o->on_stall, "When rounds bring no progress: abort, raise-downtime or switchover",
-       "ANSWER")
-      ->check(CLI::IsMember({"abort", "raise-downtime", "switchover"}));
+  text("--on-stall", &o->on_stall,
+       "When rounds bring no progress: abort, raise-downtime, switchover or postcopy", "ANSWER")
+      ->check(CLI::IsMember({"abort", "raise-downtime", "switchover", "postcopy"}));
   command
       ->add_option("--inflight", o->inflight,
                    "Requests in flight when the devices stop: drain or handoff; NAME=ANSWER for one device, "
@@ -132,6 +132,7 @@ absl::StatusOr<v1::MigrationParams> BuildParams(const ParamOptions& o, std::vect
   if (!o.on_stall.empty()) {
     params.set_on_stall(o.on_stall == "abort"            ? v1::ON_STALL_ABORT
                         : o.on_stall == "raise-downtime" ? v1::ON_STALL_RAISE_DOWNTIME
+                        : o.on_stall == "postcopy"       ? v1::ON_STALL_POSTCOPY
                                                          : v1::ON_STALL_SWITCHOVER);
     given("on_stall");
   }

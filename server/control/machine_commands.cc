@@ -44,6 +44,7 @@ void Machine::Want() {
       start->set_token(ctl_.prepared().token());
       *start->mutable_params() = pub_.params();
       start->set_epoch(pub_.epoch());
+      if (ctl_.prepared().has_domain()) *start->mutable_domain() = ctl_.prepared().domain();
       Issue(CommandKind::kStart, v1::ROLE_SOURCE, std::move(command), usual);
       break;
     }

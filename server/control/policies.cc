@@ -106,6 +106,10 @@ absl::Status ValidateParams(const v1::MigrationParams& params, const std::string
   if (params.max_stalled_rounds() > 1000) problem("max_stalled_rounds", "at most 1000");
   if (!v1::OnStall_IsValid(params.on_stall())) problem("on_stall", "is not known to this version");
   if (!v1::InflightAnswer_IsValid(params.inflight())) problem("inflight", "is not known to this version");
+  if (params.has_compression() && params.compression() != "" && params.compression() != "xbzrle" &&
+      params.compression() != "zlib" && params.compression() != "zstd") {
+    problem("compression", "is xbzrle, zlib or zstd, or empty");
+  }
   if (params.inflight_rules_size() > 64) problem("inflight_rules", "at most 64");
   for (int i = 0; i < params.inflight_rules_size(); ++i) {
     const v1::InflightRule& rule = params.inflight_rules(i);
