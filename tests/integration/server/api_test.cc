@@ -6,6 +6,7 @@
 
 #include "baton/v1/drains.grpc.pb.h"
 #include "tests/integration/server/fake_agent.h"
+#include "tests/integration/server/until.h"
 #include "tests/integration/server/watcher.h"
 
 namespace baton::test {
@@ -26,7 +27,7 @@ class ApiTest : public ::testing::Test {
   }
   void AddVm(const std::string& id) {
     a_->AddVm(id, 1);
-    while (!api_->GetVm(id).ok()) std::this_thread::yield();
+    ASSERT_TRUE(Until([&] { return api_->GetVm(id).ok(); }));
   }
   static v1::VmSpec Spec(const std::string& name) {
     v1::VmSpec spec;
@@ -77,7 +78,7 @@ TEST_F(ApiTest, CreateRefusesWhatCannotWorkAndSaysWhy) {
   ASSERT_TRUE(api_->Call(api_->fleet(), &v1::Fleet::Stub::SetHostCordon, cordon).ok());
 
   b_->Pause();
-  while (api_->GetHost("b")->connected()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return !api_->GetHost("b")->connected(); }));
   absl::Status away = api_->Create("web1", "b").status();
   expect(away, Code::kUnavailable, v1::AGENT_UNREACHABLE, "hosts/b has no agent session");
   EXPECT_GT(RetryDelayOf(away).count(), 0);
@@ -264,41 +265,41 @@ TEST_F(ApiTest, FencedResolveOrdersTheSourceToResume) {
 }
 
 TEST_F(ApiTest, DomainThatLibvirtMoved_FollowsIt) {
-  a_->AddDomain("web1", "4dea22b3");
-  while (!api_->GetVm("web1").ok()) std::this_thread::yield();
+  a_->AddDomain("db1", "4dea22b3");
+  ASSERT_TRUE(Until([&] { return api_->GetVm("db1").ok(); }));
   // While it moves, the other host has it as well: incoming, then running, before the first one lets go.
-  b_->AddDomain("web1", "4dea22b3", v1::Vm::INCOMING);
-  b_->AddDomain("web1", "4dea22b3");
-  a_->RemoveVm("web1");
-  while (!api_->GetVm("web1").ok() || api_->GetVm("web1")->host() != "hosts/b") std::this_thread::yield();
-  EXPECT_EQ(api_->GetVm("web1")->state(), v1::Vm::RUNNING);
-  EXPECT_EQ(api_->GetVm("web1")->message(), "");
+  b_->AddDomain("db1", "4dea22b3", v1::Vm::INCOMING);
+  b_->AddDomain("db1", "4dea22b3");
+  a_->RemoveVm("db1");
+  ASSERT_TRUE(Until([&] { return api_->GetVm("db1").ok() && api_->GetVm("db1")->host() == "hosts/b"; }));
+  EXPECT_EQ(api_->GetVm("db1")->state(), v1::Vm::RUNNING);
+  EXPECT_EQ(api_->GetVm("db1")->message(), "");
   // With a definition that stays behind, shut off.
-  b_->AddDomain("web1", "4dea22b3", v1::Vm::STOPPED);
-  while (api_->GetVm("web1")->state() != v1::Vm::STOPPED) std::this_thread::yield();
-  a_->AddDomain("web1", "4dea22b3");
-  while (api_->GetVm("web1")->host() != "hosts/a") std::this_thread::yield();
+  b_->AddDomain("db1", "4dea22b3", v1::Vm::STOPPED);
+  ASSERT_TRUE(Until([&] { return api_->GetVm("db1")->state() == v1::Vm::STOPPED; }));
+  a_->AddDomain("db1", "4dea22b3");
+  ASSERT_TRUE(Until([&] { return api_->GetVm("db1")->host() == "hosts/a"; }));
 }
 
 TEST_F(ApiTest, DomainsOfOneName_AreTwoVms) {
-  a_->AddDomain("web1", "4dea22b3");
-  while (!api_->GetVm("web1").ok()) std::this_thread::yield();
-  b_->AddDomain("web1", "77ab1200");
-  while (!api_->GetVm("77ab1200").ok()) std::this_thread::yield();
-  EXPECT_EQ(api_->GetVm("web1")->host(), "hosts/a");
-  EXPECT_EQ(api_->GetVm("web1")->message(), "");
+  a_->AddDomain("db1", "4dea22b3");
+  ASSERT_TRUE(Until([&] { return api_->GetVm("db1").ok(); }));
+  b_->AddDomain("db1", "77ab1200");
+  ASSERT_TRUE(Until([&] { return api_->GetVm("77ab1200").ok(); }));
+  EXPECT_EQ(api_->GetVm("db1")->host(), "hosts/a");
+  EXPECT_EQ(api_->GetVm("db1")->message(), "");
   EXPECT_EQ(api_->GetVm("77ab1200")->host(), "hosts/b");
-  b_->RemoveVm("web1");
-  while (api_->GetVm("77ab1200").ok()) std::this_thread::yield();
-  EXPECT_TRUE(api_->GetVm("web1").ok());
+  b_->RemoveVm("db1");
+  ASSERT_TRUE(Until([&] { return !api_->GetVm("77ab1200").ok(); }));
+  EXPECT_TRUE(api_->GetVm("db1").ok());
 }
 
 TEST_F(ApiTest, AStaleOwnerIsRefused) {
   a_->AddVm("web1", 5);
-  while (api_->GetVm("web1")->epoch() != 5) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return api_->GetVm("web1")->epoch() == 5; }));
   b_->AddVm("web1", 4);
   b_->AddVm("other", 1);
-  while (!api_->GetVm("other").ok()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return api_->GetVm("other").ok(); }));
   v1::Vm owned = *api_->GetVm("web1");
   EXPECT_EQ(owned.host(), "hosts/a");
   EXPECT_NE(owned.message().find("runs at hosts/b as well, at epoch 4"), std::string::npos)
@@ -313,12 +314,12 @@ TEST_F(ApiTest, AStaleOwnerIsRefused) {
   }
   EXPECT_EQ(b_->CommandCount(Kind::kStartVm) + a_->CommandCount(Kind::kInspectVm), 0);
   b_->RemoveVm("web1");
-  while (!api_->GetVm("web1")->message().empty()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return api_->GetVm("web1")->message().empty(); }));
   // A session that comes back without it says the same.
   b_->AddVm("web1", 4);
-  while (api_->GetVm("web1")->message().empty()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return !api_->GetVm("web1")->message().empty(); }));
   b_->Pause();
-  while (api_->GetHost("b")->connected()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return !api_->GetHost("b")->connected(); }));
   EXPECT_FALSE(api_->GetVm("web1")->message().empty());
   b_->RemoveVm("web1");
   b_->Resume();
@@ -326,7 +327,7 @@ TEST_F(ApiTest, AStaleOwnerIsRefused) {
   EXPECT_EQ(api_->GetVm("web1")->message(), "");
   EXPECT_TRUE(api_->Create("web1", "b", "", true).ok());
   b_->AddVm("web1", 6);
-  while (api_->GetVm("web1")->epoch() != 6) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return api_->GetVm("web1")->epoch() == 6; }));
   EXPECT_EQ(api_->GetVm("web1")->host(), "hosts/b");
 }
 
@@ -369,7 +370,7 @@ TEST_F(ApiTest, AHostWithoutSessionKeepsItsVmsAsUnreachable) {
   EXPECT_TRUE(api_->GetHost("a")->connected());
   EXPECT_EQ(api_->GetHost("a")->vm_count(), 1u);
   a_->Pause();
-  while (api_->GetHost("a")->connected()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return !api_->GetHost("a")->connected(); }));
   EXPECT_EQ(api_->GetVm("web1")->state(), v1::Vm::HOST_UNREACHABLE);
   batond_.Restart();
   EXPECT_EQ(api_->GetVm("web1")->state(), v1::Vm::HOST_UNREACHABLE);
@@ -377,7 +378,7 @@ TEST_F(ApiTest, AHostWithoutSessionKeepsItsVmsAsUnreachable) {
   ASSERT_TRUE(a_->AwaitSession(2));
   EXPECT_EQ(api_->GetVm("web1")->state(), v1::Vm::RUNNING);
   a_->RemoveVm("web1");
-  while (api_->GetVm("web1").ok()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return !api_->GetVm("web1").ok(); }));
 }
 
 // An agent that hangs, or whose host was cut off without a word: its stream stays open and nothing comes.
@@ -392,15 +393,15 @@ class SilentAgentTest : public ApiTest {
 TEST_F(SilentAgentTest, IsMarkedUnreachableAndTakenBackAtItsNextWord) {
   ASSERT_EQ(api_->GetVm("web1")->state(), v1::Vm::RUNNING);
   a_->Hang();
-  while (api_->GetHost("a")->connected()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return !api_->GetHost("a")->connected(); }));
   EXPECT_EQ(api_->GetVm("web1")->state(), v1::Vm::HOST_UNREACHABLE);
   EXPECT_EQ(ReasonOf(api_->Create("web1", "b").status()), v1::AGENT_UNREACHABLE);
   // The other one kept talking.
   EXPECT_TRUE(api_->GetHost("b")->connected());
-  while (a_->last_status().ok()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return !a_->last_status().ok(); }));
   EXPECT_EQ(a_->last_status().error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   a_->Wake();
-  while (!api_->GetHost("a")->connected()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return api_->GetHost("a")->connected(); }));
   EXPECT_EQ(api_->GetVm("web1")->state(), v1::Vm::RUNNING);
 }
 
@@ -452,7 +453,7 @@ TEST_F(ApiTest, ConsoleRelaysBothWays) {
   request.clear_vm();
   request.set_input("root\n");
   stream->Write(request);
-  while (a_->console_input() != "earlyroot\n") std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return a_->console_input() == "earlyroot\n"; }));
   a_->ConsoleOutput("bye", true);
   ASSERT_TRUE(stream->Read(&response));
   EXPECT_EQ(response.output(), "bye");

@@ -6,6 +6,7 @@
 #include <fstream>
 
 #include "tests/integration/server/fake_agent.h"
+#include "tests/integration/server/until.h"
 #include "tests/integration/server/watcher.h"
 
 namespace baton::test {
@@ -95,7 +96,7 @@ TEST_F(FaultsTest, AFullDiskRefusesAndDoesNotAct) {
   ASSERT_TRUE(a.AwaitSession() && b.AwaitSession());
   Api api(batond.channel());
   a.AddVm("web1", 1);
-  while (!api.GetVm("web1").ok()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return api.GetVm("web1").ok(); }));
   a.Hold(Kind::kInspectVm);
   v1::CreateMigrationRequest request;
   request.mutable_migration()->set_vm("vms/web1");
@@ -165,7 +166,7 @@ TEST_F(TlsTest, RolesComeFromCertificates) {
   // An agent may speak for its own host only, and an operator for none.
   FakeAgent stranger("b", Channel(batond, "agent")), usurper("a", Channel(batond, "operator"));
   for (FakeAgent* wrong : {&stranger, &usurper}) {
-    while (wrong->last_status().ok()) std::this_thread::yield();
+    ASSERT_TRUE(Until([&] { return !wrong->last_status().ok(); }));
     EXPECT_EQ(wrong->last_status().error_code(), grpc::StatusCode::PERMISSION_DENIED);
   }
   Api operators(Channel(batond, "operator")), viewers(Channel(batond, "viewer")),

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "tests/integration/server/fake_agent.h"
+#include "tests/integration/server/until.h"
 #include "tests/integration/server/watcher.h"
 
 namespace baton::test {
@@ -19,7 +20,7 @@ class RestartTest : public ::testing::Test {
     ASSERT_TRUE(a_->AwaitSession() && b_->AwaitSession());
     api_ = std::make_unique<Api>(batond_.channel());
     // The VM may be told after Hello.
-    while (!api_->GetVm("web1").ok()) std::this_thread::yield();
+    ASSERT_TRUE(Until([&] { return api_->GetVm("web1").ok(); }));
   }
   void Create() {
     auto created = api_->Create("web1", "b", "r1");
@@ -198,7 +199,7 @@ TEST_F(RestartTest, QueuedMigrationsSurvive) {
   a_->Hold(Kind::kInspectVm);
   a_->AddVm("web2", 1);
   a_->AddVm("web3", 1);
-  while (!api_->GetVm("web3").ok()) std::this_thread::yield();
+  ASSERT_TRUE(Until([&] { return api_->GetVm("web3").ok(); }));
   Create();
   auto second = api_->Create("web2", "b");
   auto third = api_->Create("web3", "b");  // the default limit is two for a host
