@@ -130,9 +130,7 @@ class Errors(ClusterTest):
         # Nobody said that the guest shall be moved.
         self.assertEqual(len(self.migrations()), self.before)
         seen = self.events()
-        (shim,) = self.cluster.agents[self.source].shims()
-        shim.end()
-        wait_until(lambda: self.device()["state"] == "ACTIVE", "a new shim", 30, pause=0.2)
+        self.kill_shim()
         self.assertEqual(self.events(), seen)
         self.guest.wait_writes(5)
         self.assert_clean()

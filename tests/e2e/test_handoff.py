@@ -1,6 +1,7 @@
 """Requests in flight that move with the guest: a real Linux on the lab disk, whose requests take longer than any blackout."""
 import json
 import sys
+import time
 import unittest
 
 from batonlab.case import ClusterTest
@@ -12,9 +13,9 @@ HANDOFF = ("--inflight", "handoff")
 
 class Handoff(ClusterTest):
     LAB_STORAGE = []
-    # Eight requests in flight, each of them for 300 ms.
+    # Eight requests in flight, each of them for 600 ms.
     CMDLINE = "lab.pages=512 lab.dirty=200 lab.blocks=512 lab.writers=8"
-    LATENCY_US = 300000
+    LATENCY_US = 600000
     seen = None
 
     def setUp(self):
@@ -51,11 +52,23 @@ class Handoff(ClusterTest):
         self.assertIn("requests handed off", described.stdout)
 
     def test_drain_takes_as_long_as_the_disk(self):
-        migration = self.move(self.ends()[1], options=("--inflight", "handoff", "--inflight", "disk0=drain"))
+        source, destination = self.ends()
+        self.latency(0)
+        self.cluster.agents[source].storage.set(no_space=True)
+        try:
+            wait_until(self.writes_stand_still, "the guest's writes to be held", 30, pause=0.3)
+            name = self.cluster.migrate(destination, wait=False,
+                                        options=("--inflight", "handoff", "--inflight", "disk0=drain"))["name"]
+            self.cluster.wait_phase(name, "SWITCHOVER")
+            time.sleep(0.3)  # what is measured: the disk takes that much longer
+        finally:
+            self.cluster.agents[source].storage.set(no_space=False)
+        migration = self.cluster.wait_ended(name)
+        self.assertEqual(migration["phase"], "SUCCEEDED", summary(migration))
         progress = migration["progress"]
         self.assertEqual([stop["answer"] for stop in progress["device_stops"]], ["DRAIN"])
-        self.assertGreater(seconds(progress["drain"]), 0.1)
-        self.latency(0)
+        self.assertGreater(seconds(progress["drain"]), 0.3)
+        self.assert_runs_only(destination)
         self.assert_clean()
 
     def test_dry_run_says_nothing_against_it(self):

@@ -3,7 +3,6 @@ import sys
 import unittest
 
 from batonlab.case import ClusterTest
-from batonlab.lab import wait_until
 
 
 class LabGuests(ClusterTest):
@@ -58,11 +57,8 @@ class OneRequestAtATime(ClusterTest):
 
     def test_killed_shim(self):
         guest = self.have_guest()
-        agent = self.cluster.agents[self.cluster.host_of()]
         for _ in range(2):
-            killed = agent.shims()[0]
-            killed.end()
-            wait_until(lambda: [s for s in agent.shims() if s.pid != killed.pid], "a new shim", 20)
+            self.kill_shim()
             guest.wait_writes(100)
         self.assert_clean()
         self.move(self.ends()[1])
@@ -98,11 +94,8 @@ class PackedRings(ClusterTest):
 
     def test_killed_shim(self):
         guest = self.have_guest()
-        agent = self.cluster.agents[self.cluster.host_of()]
         for _ in range(2):
-            killed = agent.shims()[0]
-            killed.end()
-            wait_until(lambda: [s for s in agent.shims() if s.pid != killed.pid], "a new shim", 20)
+            self.kill_shim()
             guest.wait_writes(100)
         self.assert_clean()
         self.move(self.ends()[1])

@@ -204,11 +204,7 @@ class Moves(ClusterTest):
 
     def test_shim_killed_under_a_running_guest(self):
         guest = self.have_guest()
-        host = self.cluster.host_of()
-        agent = self.cluster.agents[host]
-        for shim in agent.shims():
-            shim.kill()
-        wait_until(agent.shims, "a new shim", 20)
+        self.kill_shim()
         guest.wait_writes(50)
         self.assert_clean()
         self.move(self.ends()[1])

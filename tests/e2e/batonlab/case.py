@@ -120,6 +120,18 @@ class ClusterTest(unittest.TestCase):
                    f"{summary(self.cluster.migration(name) or {})}", 60)
         return name, waiting
 
+    def kill_shim(self):
+        """Kills the guest's shim and waits until batond says that another one serves the guest and its devices."""
+        (shim,) = self.cluster.agents[self.cluster.host_of()].shims()
+        shim.end()
+
+        def served():
+            vm = self.cluster.vm() or {}
+            devices = vm.get("devices") or []
+            return (vm.get("state") == "RUNNING" and int(vm.get("shim_pid", 0)) not in (0, shim.pid) and devices
+                    and all(device["state"] == "ACTIVE" for device in devices))
+        wait_until(served, lambda: f"a new shim of vm1: {self.cluster.vm()}", 30, pause=0.2)
+
     def lose_guest(self):
         """The guest is gone for good; the next test starts another one."""
         cls = type(self)
