@@ -29,6 +29,11 @@ class ApiTest : public ::testing::Test {
     a_->AddVm(id, 1);
     ASSERT_TRUE(Until([&] { return api_->GetVm(id).ok(); }));
   }
+  // Empty: batond does not know it (now).
+  std::string HostOf(const std::string& vm) {
+    auto found = api_->GetVm(vm);
+    return found.ok() ? found->host() : "";
+  }
   static v1::VmSpec Spec(const std::string& name) {
     v1::VmSpec spec;
     spec.set_name(name);
@@ -271,14 +276,14 @@ TEST_F(ApiTest, DomainThatLibvirtMoved_FollowsIt) {
   b_->AddDomain("db1", "4dea22b3", v1::Vm::INCOMING);
   b_->AddDomain("db1", "4dea22b3");
   a_->RemoveVm("db1");
-  ASSERT_TRUE(Until([&] { return api_->GetVm("db1").ok() && api_->GetVm("db1")->host() == "hosts/b"; }));
+  ASSERT_TRUE(Until([&] { return HostOf("db1") == "hosts/b"; }));
   EXPECT_EQ(api_->GetVm("db1")->state(), v1::Vm::RUNNING);
   EXPECT_EQ(api_->GetVm("db1")->message(), "");
   // With a definition that stays behind, shut off.
   b_->AddDomain("db1", "4dea22b3", v1::Vm::STOPPED);
   ASSERT_TRUE(Until([&] { return api_->GetVm("db1")->state() == v1::Vm::STOPPED; }));
   a_->AddDomain("db1", "4dea22b3");
-  ASSERT_TRUE(Until([&] { return api_->GetVm("db1")->host() == "hosts/a"; }));
+  ASSERT_TRUE(Until([&] { return HostOf("db1") == "hosts/a"; }));
 }
 
 TEST_F(ApiTest, DomainsOfOneName_AreTwoVms) {
