@@ -281,6 +281,9 @@ class Cluster:
     `small_disks`: each host's state directory is a SmallDisk; `lab_storage`: options of the lab device, which then
     serves the disks instead of qemu-storage-daemon; `lab_guest`: VMs are baton-lab-guest instead of QEMU and Linux."""
 
+    # What a host is made of.
+    agent_class = Agent
+
     def __init__(self, lab, secure=False, qemu=None, kvm=False, storage_program="qemu-storage-daemon",
                  second_disk=False, small_disks=False, lab_storage=None, lab_guest=False):
         self.lab_storage = lab_storage
@@ -303,7 +306,7 @@ class Cluster:
         self.authority = Authority(os.path.join(lab.dir, "tls")) if secure else None
         self.operator = self.authority.issue("operator", "/CN=admin:lab") if secure else None
         self.batond = Batond(self)
-        self.agents = {name: Agent(self, name) for name in HOSTS}
+        self.agents = {name: self.agent_class(self, name) for name in HOSTS}
 
     def __enter__(self):
         self.batond.start()

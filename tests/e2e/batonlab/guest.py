@@ -86,11 +86,15 @@ class Guest:
             return writes >= first + more
         wait_until(enough, f"guest {self.name} to write {more} blocks", timeout, pause=0.1)
 
+    def disk(self):
+        """The image of its disk."""
+        return self.cluster.image
+
     def verify(self, go_on=True, timeout=60):
         """The guest stops writing and checks all of its disk and memory; then the disk image is checked from outside.
         Returns the guest's RESULT and the sentence of the checker; LabError if anything is wrong."""
         result = self.ask("q", "RESULT", timeout)
-        check = self.cluster.lab.run([self.cluster.lab.program("baton-lab-check"), self.cluster.image],
+        check = self.cluster.lab.run([self.cluster.lab.program("baton-lab-check"), self.disk()],
                                      input=result["line"] + "\n")
         if go_on:
             self.go()

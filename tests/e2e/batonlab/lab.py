@@ -83,6 +83,9 @@ class Lab:
         self.memory_dir = os.path.join("/dev/shm", self.id)
         self.children = []
         self.undo = contextlib.ExitStack()
+        # Mount namespaces whose every process belongs to this lab, and the host that each is: what libvirt starts gets an
+        # environment of libvirt's making.
+        self.namespaces = {}
         self.closed = False
         shutil.rmtree(self.logs, ignore_errors=True)
         os.makedirs(self.logs)
@@ -130,7 +133,8 @@ class Lab:
             try:
                 with open(f"/proc/{entry}/environ", "rb") as file:
                     environ = file.read().split(b"\0")
-                if mark not in environ:
+                inside = self.namespaces.get(os.readlink(f"/proc/{entry}/ns/mnt")) if self.namespaces else None
+                if mark not in environ and inside is None:
                     continue
                 with open(f"/proc/{entry}/cmdline", "rb") as file:
                     argv = [word.decode(errors="replace") for word in file.read().split(b"\0")[:-1]]
@@ -139,8 +143,8 @@ class Lab:
             start = start_time(entry)
             if start is None:
                 continue
-            where = next((word.split(b"=", 1)[1].decode() for word in environ
-                          if word.startswith(HOST_MARK.encode() + b"=")), "")
+            where = inside or next((word.split(b"=", 1)[1].decode() for word in environ
+                                    if word.startswith(HOST_MARK.encode() + b"=")), "")
             process = Found(int(entry), where, argv, start)
             if program and not process.program.startswith(program):
                 continue

@@ -1,0 +1,335 @@
+"""Hosts with a libvirt of their own: each in mount and UTS namespaces, with libvirtd, virtlogd and an agent that sees
+that libvirt and no other (tests/lab/libvirt/host.sh)."""
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import time
+import uuid
+
+from .cluster import Agent, Cluster
+from .guest import Guest
+from .lab import ROOT, LabError, wait_until
+
+# Of a domain, inside the host: /run is the host's own, so that the path is the same at both ends.
+CONSOLE = "/run/{name}.console"
+PRIVATE_DISK = "/var/lib/libvirt/images/{name}.img"
+DISK_SIZE = 64 << 20
+# What libvirtd found out about the installed QEMUs, which takes it seconds each time. It drops by itself what is out of
+# date.
+CAPABILITIES = os.path.join(os.environ.get("BATON_CACHE", os.path.join(ROOT, "build/cache")), "libvirt-capabilities")
+
+# No cgroups, no namespaces, no labels, no users of its own: a test host is not what confines a guest.
+QEMU_CONF = """user = "root"
+group = "root"
+security_driver = "none"
+cgroup_controllers = []
+namespaces = []
+remember_owner = 0
+stdio_handler = "logd"
+migration_host = "{address}"
+"""
+
+LIBVIRTD_CONF = """host_uuid = "{uuid}"
+unix_sock_auth = "none"
+unix_sock_group = "root"
+log_outputs = "3:stderr"
+"""
+
+DOMAIN = """<domain type='qemu'>
+  <name>{name}</name>
+  <uuid>{uuid}</uuid>
+  <memory unit='MiB'>{memory}</memory>
+  <vcpu>1</vcpu>
+  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
+  <os>
+    <type arch='x86_64' machine='{machine}'>hvm</type>
+    <kernel>{guest_dir}/vmlinuz</kernel>
+    <initrd>{guest_dir}/initrd.gz</initrd>
+    <cmdline>console=ttyS0 quiet panic=-1 {cmdline}</cmdline>
+  </os>
+  <features><acpi/></features>
+  <cpu mode='custom' match='exact'><model fallback='forbid'>qemu64</model></cpu>
+  <clock offset='utc'/>
+  <on_reboot>destroy</on_reboot>
+  <on_crash>destroy</on_crash>
+  <devices>
+    <emulator>{emulator}</emulator>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='none'/>
+      <source file='{disk}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <controller type='usb' model='none'/>
+    <serial type='unix'>
+      <source mode='bind' path='{console}'/>
+      <log file='/var/log/libvirt/{name}.console.log' append='on'/>
+    </serial>
+    <memballoon model='virtio' freePageReporting='on'/>
+  </devices>
+</domain>
+"""
+
+
+class LibvirtHost:
+    """The namespaces of one host, and its daemons."""
+
+    def __init__(self, cluster, name):
+        self.cluster, self.name = cluster, name
+        self.dir = os.path.join(cluster.lab.dir, name, "host")
+        self.run_dir = os.path.join(self.dir, "run")
+        self.socket = os.path.join(self.run_dir, "libvirt/libvirt-sock")
+        # As whoever sees the lab's directory finds this daemon, in whatever namespace.
+        self.uri = f"qemu+unix:///system?socket={self.socket}"
+        self.holder = None
+        self.processes = {}
+        os.makedirs(os.path.join(self.dir, "etc/qemu"))
+        os.makedirs(os.path.join(self.dir, "lib/images"))
+        self.capabilities = os.path.join(self.dir, "cache/qemu/capabilities")
+        if os.path.isdir(CAPABILITIES):
+            shutil.copytree(CAPABILITIES, self.capabilities)
+        other = "b" if name == "a" else "a"
+        self.write("etc/qemu.conf", QEMU_CONF.format(address=cluster.network.address(name, other)) + self.more_conf())
+        self.write("etc/libvirtd.conf", LIBVIRTD_CONF.format(uuid=uuid.uuid4()))
+
+    def more_conf(self):
+        return ""
+
+    def write(self, path, text):
+        with open(os.path.join(self.dir, path), "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def prefix(self):
+        """What a command starts with to run on this host."""
+        spaces = f"/proc/{self.holder.pid}/ns"
+        return ["nsenter", f"--mount={spaces}/mnt", f"--uts={spaces}/uts", f"--net={spaces}/net", "--"]
+
+    def start(self):
+        lab = self.cluster.lab
+        script = os.path.join(ROOT, "tests/lab/libvirt/host.sh")
+        self.holder = lab.spawn([script, "--namespaces", self.dir, f"host-{self.name}"], f"host-{self.name}",
+                                host=self.name, prefix=self.cluster.network.prefix(self.name))
+        wait_until(lambda: os.path.exists(os.path.join(self.dir, "ready")) or self.holder.poll() is not None,
+                   f"the namespaces of host {self.name}")
+        if self.holder.poll() is not None:
+            raise LabError(f"the namespaces of host {self.name} were not made, see host-{self.name}.log")
+        space = f"/proc/{self.holder.pid}/ns/mnt"
+        # Kept open: its number must not come to mean another namespace while this lab looks for processes in it.
+        kept = os.open(space, os.O_RDONLY | os.O_CLOEXEC)
+        lab.undo.callback(os.close, kept)
+        lab.namespaces[os.readlink(space)] = self.name
+        for daemon in ("virtlogd", "libvirtd"):
+            self.launch(daemon)
+        self.wait_ready()
+        self.keep_capabilities()
+
+    def keep_capabilities(self):
+        """For the next lab, where they were not taken from there."""
+        if os.path.isdir(CAPABILITIES) or not os.path.isdir(self.capabilities):
+            return
+        new = f"{CAPABILITIES}.{self.cluster.lab.id}"
+        shutil.copytree(self.capabilities, new)
+        try:
+            os.rename(new, CAPABILITIES)
+        except OSError:
+            # Another lab was first.
+            shutil.rmtree(new)
+
+    def launch(self, daemon):
+        self.processes[daemon] = self.cluster.lab.spawn(["/usr/sbin/" + daemon], f"{daemon}-{self.name}", host=self.name,
+                                                        prefix=self.prefix())
+
+    def wait_ready(self, timeout=60):
+        def ready():
+            code = self.processes["libvirtd"].poll()
+            if code is not None:
+                raise LabError(f"libvirtd of {self.name} ended with {code}, see libvirtd-{self.name}.log")
+            return os.path.exists(self.socket) and self.virsh("version", check=False).returncode == 0
+        wait_until(ready, f"libvirtd of {self.name}", timeout, pause=0.1)
+
+    def kill(self, daemon="libvirtd", number=signal.SIGKILL):
+        process = self.processes[daemon]
+        process.send_signal(number)
+        process.wait()
+
+    def restart(self, daemon="libvirtd", number=signal.SIGKILL):
+        self.kill(daemon, number)
+        self.launch(daemon)
+        if daemon == "libvirtd":
+            self.wait_ready()
+
+    # --- virsh ---
+
+    def virsh_command(self, *words):
+        return [*self.prefix(), "virsh", "-q", "-c", self.uri, *words]
+
+    def virsh(self, *words, check=True, timeout=60):
+        return self.cluster.lab.run(self.virsh_command(*words), check=check, timeout=timeout)
+
+    def state(self, name):
+        """"running (booted)" and the like; "" where there is no such domain, None where the daemon does not answer."""
+        result = self.virsh("domstate", name, "--reason", check=False)
+        if result.returncode == 0:
+            return result.stdout.strip()
+        return "" if "Domain not found" in result.stderr or "failed to get domain" in result.stderr else None
+
+    def domains(self):
+        """Names of the active ones."""
+        return self.virsh("list", "--name").stdout.split()
+
+    def console(self, name):
+        return os.path.join(self.run_dir, f"{name}.console")
+
+    def private_disk(self, name):
+        """The domain's disk where each host has its own, as seen from outside."""
+        return os.path.join(self.dir, "lib/images", f"{name}.img")
+
+
+class LibvirtAgent(Agent):
+    """A host with a libvirt, and its agent."""
+
+    host_class = LibvirtHost
+
+    def __init__(self, cluster, name):
+        super().__init__(cluster, name)
+        self.libvirt = self.host_class(cluster, name)
+        self.settings["libvirt"] = "qemu:///system"
+        self.settings["log"] = {"level": "debug"}
+        del self.settings["backends"]
+        self.write_config()
+
+    def start(self):
+        if self.libvirt.holder is None:
+            self.libvirt.start()
+        self.process = self.cluster.lab.spawn(
+            [self.cluster.lab.program("baton-agent"), "--config", self.config], f"agent-{self.name}", host=self.name,
+            prefix=self.libvirt.prefix(), env={"BATON_PAUSE_AT": "@" + self.pause_file})
+
+    def vm_dirs(self):
+        parent = os.path.join(self.run_dir, "vms")
+        return [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
+
+    def paused_at(self, point, vm=None):
+        return any(os.path.exists(os.path.join(directory, f"pause-{point}")) for directory in self.vm_dirs())
+
+    def release(self, vm=None):
+        self.set_pause()
+        for directory in self.vm_dirs():
+            with contextlib.suppress(FileNotFoundError):
+                for name in os.listdir(directory):
+                    if name.startswith("pause-"):
+                        os.unlink(os.path.join(directory, name))
+
+    def holdings(self, vm="web1"):
+        """What there is of a domain on this host."""
+        found = [process for process in self.qemus() if any(f"guest={vm}," in word for word in process.argv)]
+        return found + ([f"domain {vm}: {state}"] if (state := self.libvirt.state(vm)) else [])
+
+
+class DomainGuest(Guest):
+    """The lab guest in a domain, on its console socket at the host where it runs."""
+
+    def __init__(self, cluster, name, image):
+        super().__init__(cluster, name)
+        self.image = image
+
+    def wait_ready(self, timeout=60):
+        # Its first words may have come before anybody listened, and what it is told before them it does not hear.
+        def answers():
+            return self._session("s", lambda text: "STATUS n=" in text, time.monotonic() + 0.5)[0]
+        wait_until(answers, f"guest {self.name} to boot", timeout)
+
+    def _session(self, letter, find, deadline):
+        host = self.cluster.runs_at(self.name)
+        if host is None:
+            return None, "(it runs nowhere)"
+        return console_session(self.cluster.agents[host].libvirt.console(self.name), letter, find, deadline)
+
+    def disk(self):
+        """The image that the guest has now."""
+        if self.image:
+            return self.image
+        return self.cluster.agents[self.cluster.runs_at(self.name)].libvirt.private_disk(self.name)
+
+
+def console_session(path, letter, find, deadline):
+    """Says a letter on a console socket and listens until `find` finds something or the other end goes."""
+    text = ""
+    with socket.socket(socket.AF_UNIX) as console:
+        try:
+            console.connect(path)
+            console.sendall(letter.encode())
+            while time.monotonic() < deadline:
+                console.settimeout(max(0.01, deadline - time.monotonic()))
+                data = console.recv(65536)
+                if not data:
+                    break
+                text += data.decode(errors="replace")
+                if found := find(text):
+                    return found, text
+        except OSError:
+            pass
+    return None, text
+
+
+class LibvirtCluster(Cluster):
+    """batond and two hosts with libvirt. Domains have their disk in the lab's directory, which both hosts see, or, with
+    `private`, each host's own below /var/lib/libvirt/images."""
+
+    agent_class = LibvirtAgent
+
+    def __init__(self, lab, **options):
+        super().__init__(lab, **options)
+        self.machine = "pc-q35-7.2"
+        self.emulator = "/usr/bin/qemu-system-x86_64"
+
+    def __enter__(self):
+        self.batond.start()
+        for agent in self.agents.values():
+            agent.start()
+        self.wait_hosts()
+        return self
+
+    @property
+    def hosts(self):
+        return {name: agent.libvirt for name, agent in self.agents.items()}
+
+    def domain_xml(self, name, memory=128, cmdline="", disk=None, **fields):
+        fields = {"uuid": uuid.uuid4(), "machine": self.machine, "emulator": self.emulator,
+                  "console": CONSOLE.format(name=name), **fields}
+        return DOMAIN.format(name=name, memory=memory, cmdline=cmdline, guest_dir=self.guest_dir, disk=disk, **fields)
+
+    def start_domain(self, host="a", name="web1", private=False, persistent=True, xml=None, **options):
+        """Defines and starts a domain with the lab guest, and waits until it works."""
+        if private:
+            images, disk = [agent.private_disk(name) for agent in self.hosts.values()], PRIVATE_DISK.format(name=name)
+        else:
+            disk = os.path.join(self.lab.dir, f"{name}.img")
+            images = [disk]
+        for image in images:
+            with open(image, "wb") as file:
+                file.truncate(DISK_SIZE)
+        path = os.path.join(self.lab.dir, f"{name}.xml")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(xml or self.domain_xml(name, disk=disk, **options))
+        libvirt = self.hosts[host]
+        if persistent:
+            libvirt.virsh("define", path)
+            libvirt.virsh("start", name)
+        else:
+            libvirt.virsh("create", path)
+        guest = DomainGuest(self, name, None if private else disk)
+        guest.wait_ready()
+        guest.wait_writes(1)
+        return guest
+
+    # --- what both daemons say ---
+
+    def states(self, name="web1"):
+        return {host: libvirt.state(name) for host, libvirt in self.hosts.items()}
+
+    def runs_at(self, name="web1"):
+        """The host where the domain runs; None where it runs at neither or, for a moment, is said to run at both."""
+        hosts = [host for host, state in self.states(name).items() if (state or "").startswith("running")]
+        return hosts[0] if len(hosts) == 1 else None
