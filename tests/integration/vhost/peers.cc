@@ -83,7 +83,7 @@ absl::StatusOr<UmlGuest> UmlGuest::Start(const Options& o) {
   if (::pipe2(in, O_CLOEXEC) || ::pipe2(out, O_CLOEXEC)) return ErrnoError(errno, "pipe");
   UniqueFd in_read(in[0]), in_write(in[1]), out_read(out[0]), out_write(out[1]);
   SpawnOptions spawn;
-  spawn.argv = {"linux.uml",
+  spawn.argv = {BATON_UML_RUN, "linux.uml",
                 // Linux reports free pages only while it has more than 128 MiB of them.
                 o.balloon ? "mem=320M" : "mem=128M", "initrd=" + initrd, "rdinit=/init", "con=null",
                 "con0=fd:0,fd:1", "uml_dir=" + o.directory, "quiet",
