@@ -86,9 +86,12 @@ class LibvirtHost:
         self.processes = {}
         os.makedirs(os.path.join(self.dir, "etc/qemu"))
         os.makedirs(os.path.join(self.dir, "lib/images"))
+        # What lies over its /usr: another libvirt and QEMU than the installed ones.
+        self.usr = cluster.usr.get(name)
+        self.known = CAPABILITIES + ("-backports" if self.usr else "")
         self.capabilities = os.path.join(self.dir, "cache/qemu/capabilities")
-        if os.path.isdir(CAPABILITIES):
-            shutil.copytree(CAPABILITIES, self.capabilities)
+        if os.path.isdir(self.known):
+            shutil.copytree(self.known, self.capabilities)
         other = "b" if name == "a" else "a"
         self.write("etc/qemu.conf", QEMU_CONF.format(address=cluster.network.address(name, other)) + self.more_conf())
         self.write("etc/libvirtd.conf", LIBVIRTD_CONF.format(uuid=uuid.uuid4()))
@@ -108,8 +111,8 @@ class LibvirtHost:
     def start(self):
         lab = self.cluster.lab
         script = os.path.join(ROOT, "tests/lab/libvirt/host.sh")
-        self.holder = lab.spawn([script, "--namespaces", self.dir, f"host-{self.name}"], f"host-{self.name}",
-                                host=self.name, prefix=self.cluster.network.prefix(self.name))
+        words = [script, "--namespaces", self.dir, f"host-{self.name}", *([self.usr] if self.usr else [])]
+        self.holder = lab.spawn(words, f"host-{self.name}", host=self.name, prefix=self.cluster.network.prefix(self.name))
         wait_until(lambda: os.path.exists(os.path.join(self.dir, "ready")) or self.holder.poll() is not None,
                    f"the namespaces of host {self.name}")
         if self.holder.poll() is not None:
@@ -126,12 +129,12 @@ class LibvirtHost:
 
     def keep_capabilities(self):
         """For the next lab, where they were not taken from there."""
-        if os.path.isdir(CAPABILITIES) or not os.path.isdir(self.capabilities):
+        if os.path.isdir(self.known) or not os.path.isdir(self.capabilities):
             return
-        new = f"{CAPABILITIES}.{self.cluster.lab.id}"
+        new = f"{self.known}.{self.cluster.lab.id}"
         shutil.copytree(self.capabilities, new)
         try:
-            os.rename(new, CAPABILITIES)
+            os.rename(new, self.known)
         except OSError:
             # Another lab was first.
             shutil.rmtree(new)
@@ -275,11 +278,12 @@ def console_session(path, letter, find, deadline):
 
 class LibvirtCluster(Cluster):
     """batond and two hosts with libvirt. Domains have their disk in the lab's directory, which both hosts see, or, with
-    `private`, each host's own below /var/lib/libvirt/images."""
+    `private`, each host's own below /var/lib/libvirt/images. `usr`: by host, what lies over its /usr."""
 
     agent_class = LibvirtAgent
 
-    def __init__(self, lab, **options):
+    def __init__(self, lab, usr=None, **options):
+        self.usr = usr or {}
         super().__init__(lab, **options)
         self.machine = "pc-q35-7.2"
         self.emulator = "/usr/bin/qemu-system-x86_64"

@@ -3,9 +3,9 @@
 # writes is below DIR, and its socket is DIR/run/libvirt/libvirt-sock, outside as well. Ends, with every process in it,
 # when this script is killed. With COMMAND, that runs in the host beside the daemon, and the host ends with it.
 #
-# host.sh --namespaces DIR NAME: only the namespaces, without one of processes and without any daemon, for as long as this
-# process runs: others enter them with nsenter, and are killed one by one. DIR/ready says that they are as they should be.
-# What DIR/etc holds already is kept.
+# host.sh --namespaces DIR NAME [USR]: only the namespaces, without one of processes and without any daemon, for as long as
+# this process runs: others enter them with nsenter, and are killed one by one. DIR/ready says that they are as they should
+# be. What DIR/etc holds already is kept. What is below USR lies over /usr (tests/lab/backports_libvirt.sh).
 set -euo pipefail
 hold=
 if [ "$1" = --namespaces ]; then
@@ -35,7 +35,7 @@ unix_sock_group = "root"
 log_outputs = "3:file:$dir/log/libvirtd.log"
 CONF
   export BATON_LIBVIRT_HOST=inside
-  [ -z "$hold" ] || exec unshare --mount --uts "$0" "$hold" "$dir" "$name"
+  [ -z "$hold" ] || exec unshare --mount --uts "$0" "$hold" "$dir" "$name" "$@"
   exec unshare --mount --uts --pid --fork --kill-child "$0" "$dir" "$name" "$@"
 fi
 mount --make-rprivate /
@@ -46,6 +46,11 @@ for pair in run:/run lib:/var/lib/libvirt cache:/var/cache/libvirt log:/var/log/
   mount --bind "$dir/${pair%%:*}" "${pair#*:}"
 done
 if [ -n "$hold" ]; then
+  if [ $# != 0 ]; then
+    mount -t overlay -o "lowerdir=$1:/usr" overlay /usr
+    # Neither libvirtd nor QEMU starts that finds modules of another version there.
+    for modules in lib/x86_64-linux-gnu/{libvirt,qemu}; do mount --bind "$1/$modules" "/usr/$modules"; done
+  fi
   touch "$dir/ready"
   exec sleep infinity
 fi

@@ -1,0 +1,34 @@
+#!/bin/bash
+# Sourced: packages of the machine's own Debian release's backports, unpacked beside the installed ones and without
+# installing anything. The package source is derived from the one the machine already uses: same address, suite
+# CODENAME-backports, in apt lists and caches of its own.
+
+# unpack_backports ROOT PACKAGE...: what these packages and those that they need beyond the installed ones hold, below
+# ROOT, which must be new; what apt needs is put beside it and removed.
+unpack_backports() {
+  local root=$1 codename uri work options='' package
+  shift
+  # shellcheck source=/dev/null
+  codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+  # shellcheck disable=SC2016 # apt expands these
+  uri=$(apt-get indextargets --format '$(REPO_URI) $(CODENAME) $(COMPONENT)' 'Created-By: Packages' |
+    awk -v c="$codename" '$2 == c && $3 == "main" {print $1; exit}')
+  [ -n "$uri" ] || fail "apt knows no source of $codename main"
+  work=$root.apt
+  mkdir -p "$root" "$work"/{lists/partial,archives/partial,parts}
+  local keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+  [ ! -e "$keyring" ] || options="[signed-by=$keyring] "
+  echo "deb ${options}${uri} $codename main" >"$work/sources.list"
+  echo "deb ${options}${uri} $codename-backports main" >>"$work/sources.list"
+  local apt=(apt-get -qq
+    -o "Dir::Etc::sourcelist=$work/sources.list" -o "Dir::Etc::sourceparts=$work/parts"
+    -o "Dir::Etc::preferencesparts=$work/parts" -o "Dir::State::Lists=$work/lists"
+    -o "Dir::Cache::archives=$work/archives" -o "Dir::Cache::pkgcache=" -o "Dir::Cache::srcpkgcache="
+    -o "APT::Sandbox::User=root" -o "Debug::NoLocking=1")
+  "${apt[@]}" update >&2 || fail "apt-get update failed"
+  # Together with whatever library this machine does not have yet.
+  "${apt[@]}" install --yes --download-only --no-install-recommends -t "$codename-backports" "$@" >&2 ||
+    fail "download failed"
+  for package in "$work"/archives/*.deb; do dpkg -x "$package" "$root"; done
+  rm -rf "$work"
+}
