@@ -1,19 +1,19 @@
 // Other programs' connections inside a migration's own: unix sockets at both ends, peer connections between.
 //
-// libvirt and QEMU connect to sockets at the source (TunnelEntrance); each of their connections becomes one peer
-// connection (PreambleKind::kTunnel, the service as its channel), and the destination (TunnelExit) connects it
-// to the service's socket there. So everything that moves a libvirt domain takes the one peer port and, with
-// TLS, its encryption. What the connections carry is never looked at.
+// libvirt and QEMU connect to sockets at the source (TunnelEntrance); each of their connections becomes one
+// peer connection (PreambleKind::kTunnel, the service as its channel), and the destination (TunnelExit)
+// connects it to the service's socket there. So everything that moves a libvirt domain takes the one peer
+// port and, with TLS, its encryption. What the connections carry is never looked at.
 //
-// Order: the entrance takes a service's next connection only when the exit has answered for the one before. So
-// the service's program sees connections in the order in which they were made; QEMU 7.2 takes the first of
+// Order: the entrance takes a service's next connection only when the exit has answered for the one before.
+// So the service's program sees connections in the order in which they were made; QEMU 7.2 takes the first of
 // several for its main channel.
 //
 // An end is passed on as it is: a half-close as a half-close, a connection that broke as the end of both
 // directions. A peer that is gone without a word is noticed by TCP (PrepareSocket).
 //
-// Security model: who may connect to the entrance is decided by owner and mode of its sockets. The exit connects
-// to the paths that its owner configured; the peer chooses among them, by number, and nothing else.
+// Security model: who may connect to the entrance is decided by owner and mode of its sockets. The exit
+// connects to the paths that its owner configured; the peer chooses among them, by number, and nothing else.
 #pragma once
 
 #include <sys/types.h>
@@ -56,8 +56,8 @@ struct TunnelCounts {
 
 // Called on threads of the tunnel; must not wait and must not destroy or stop the tunnel.
 struct TunnelCallbacks {
-  // A connection came to nothing (the peer or the service could not be reached) or broke; in words for people.
-  // An orderly end is not told.
+  // A connection came to nothing (the peer or the service could not be reached) or broke; in words for
+  // people. An orderly end is not told.
   std::function<void(TunnelService service, const absl::Status& why)> on_broken;
 };
 
@@ -124,9 +124,9 @@ class TunnelExit {
   TunnelExit(const TunnelExit&) = delete;
   TunnelExit& operator=(const TunnelExit&) = delete;
 
-  // Takes a connection whose preamble has kind kTunnel and was checked; `service` is its channel. Returns at once:
-  // TLS (where `tls` is given), connecting to the service and relaying happen on threads of the tunnel. What
-  // goes wrong is told to the entrance as far as possible, and to on_broken.
+  // Takes a connection whose preamble has kind kTunnel and was checked; `service` is its channel. Returns at
+  // once: TLS (where `tls` is given), connecting to the service and relaying happen on threads of the tunnel.
+  // What goes wrong is told to the entrance as far as possible, and to on_broken.
   void Accept(UniqueFd socket, uint32_t service, std::shared_ptr<const TlsContext> tls,
               const std::string& expected_host = "");
   // The same for a channel that is established.

@@ -45,8 +45,8 @@ std::vector<v1::Finding> JudgeSource(const SourceFacts& facts, const DomainDescr
 
 // --- at the destination ---
 
-// Looks at the back-end of a vhost-user or vDPA device of this host, for real; OK, findings, or why it cannot be used.
-// Called with the domain's device as the destination's XML has it.
+// Looks at the back-end of a vhost-user or vDPA device of this host, for real; OK, findings, or why it cannot
+// be used. Called with the domain's device as the destination's XML has it.
 using BackendProbe =
     std::function<absl::StatusOr<std::vector<v1::Finding>>(const DomainDevice& device, Deadline deadline)>;
 
@@ -55,7 +55,7 @@ struct DestinationRequest {
   std::string xml;
   DomainDescription domain;
   v1::MigrationParams params;
-  std::string source_vmm_version;  // of QEMU, "7.2.22"; empty: unknown
+  std::string source_vmm_version;     // of QEMU, "7.2.22"; empty: unknown
   std::vector<v1::DomainDisk> disks;  // of the source, paths as there; by target
   BackendProbe probe;                 // may be empty: back-ends are not looked at
   // Directory in which QEMU's sockets of this migration will be made; empty: not checked.
@@ -67,7 +67,8 @@ struct DiskFacts {
   bool exists = false;
   uint64_t size = 0;       // bytes of the file or device
   bool writable = false;   // by this process; QEMU's user may differ
-  std::string filesystem;  // "nfs", "ceph", "gfs2", "ocfs2", "gluster" for file systems that hosts share; else "local"
+  std::string filesystem;  // "nfs", "ceph", "gfs2", "ocfs2", "gluster" for file systems that hosts share;
+                           // else "local"
   std::string trouble;     // why it cannot be looked at, if it exists or may exist
   uint64_t directory_free = 0;  // bytes left where it would be made
   bool directory = false;       // that directory exists
@@ -78,7 +79,7 @@ struct DestinationFacts {
   std::string host;
   std::string libvirt_trouble;  // not empty: nothing else was asked of libvirt
   // The domain of that UUID, and another one of that name.
-  std::optional<int> same_uuid_state;   // virDomainState
+  std::optional<int> same_uuid_state;  // virDomainState
   std::optional<int> same_name_state;
   std::string same_uuid_name;
   // virConnectCompareHypervisorCPU: VIR_CPU_COMPARE_*; empty: not asked (no <cpu>), or `cpu_trouble`.
@@ -89,18 +90,18 @@ struct DestinationFacts {
   std::string canonical_machine;
   std::string emulator_version;  // "7.2.22"; empty: unknown
   bool kvm_missing = false;
-  std::map<std::string, DiskFacts> disks;          // by target
+  std::map<std::string, DiskFacts> disks;  // by target
   std::set<std::string> missing_bridges;
-  std::map<std::string, std::string> networks;     // name → trouble; empty: active
+  std::map<std::string, std::string> networks;  // name → trouble; empty: active
   // By the device's name: what the probe found, or why it could not.
   std::map<std::string, absl::StatusOr<std::vector<v1::Finding>>> backends;
   uint64_t memory_available = 0;
-  uint64_t hugepage_size = 0;      // of the domain's <hugepages>, bytes; 0: it has none
+  uint64_t hugepage_size = 0;  // of the domain's <hugepages>, bytes; 0: it has none
   uint64_t hugepages_free = 0;
   std::string hugepage_trouble;
-  uint64_t memlock_limit = 0;      // of a QEMU that libvirt starts; ~0: unlimited
+  uint64_t memlock_limit = 0;  // of a QEMU that libvirt starts; ~0: unlimited
   uint32_t cpus = 0;
-  std::string tunnel_trouble;      // why QEMU could not make sockets in tunnel_dir
+  std::string tunnel_trouble;  // why QEMU could not make sockets in tunnel_dir
 };
 
 // Never an error: what could not be asked is a fact as well.

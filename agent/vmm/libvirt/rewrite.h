@@ -1,7 +1,7 @@
 // A domain's XML changed for another host, or for Baton's mediators. Pure: nothing is looked up or touched.
 //
-// What is not changed stays as it was written, comments and white space included, as far as an XML parser keeps
-// it (quotes of attributes become double).
+// What is not changed stays as it was written, comments and white space included, as far as an XML parser
+// keeps it (quotes of attributes become double).
 #pragma once
 
 #include <string>
@@ -48,12 +48,13 @@ struct RewrittenXml {
 };
 
 // For each value the first rule of its kind that matches holds. InvalidArgument if the XML is no domain's.
-absl::StatusOr<RewrittenXml> RewriteForDestination(const std::string& xml, const std::vector<RewriteRule>& rules);
+absl::StatusOr<RewrittenXml> RewriteForDestination(const std::string& xml,
+                                                   const std::vector<RewriteRule>& rules);
 
 // A device that is behind a mediator in the XML that MediateXml returns.
 struct MediatedDevice {
-  DomainDevice device;   // as it is described now; device.source is the mediator's socket
-  std::string backend;   // the back-end's socket; empty if the XML named the mediator's already
+  DomainDevice device;  // as it is described now; device.source is the mediator's socket
+  std::string backend;  // the back-end's socket; empty if the XML named the mediator's already
 };
 
 struct MediatedXml {
@@ -64,13 +65,14 @@ struct MediatedXml {
   std::vector<v1::Finding> findings;
 };
 
-// Puts the mediators' sockets, `mediator_dir`/dev-NAME.sock, in the place of the vhost-user back-ends' (disks and interfaces),
-// and adds what the mediators need: <reconnect> where it is missing. NAME is the device's name, made fit for a
-// file (see MediatorName). Given its own output it changes nothing. InvalidArgument if the XML is no domain's,
-// or a mediator's path would be too long for a socket.
+// Puts the mediators' sockets, `mediator_dir`/dev-NAME.sock, in the place of the vhost-user back-ends' (disks
+// and interfaces), and adds what the mediators need: <reconnect> where it is missing. NAME is the device's
+// name, made fit for a file (see MediatorName). Given its own output it changes nothing. InvalidArgument if
+// the XML is no domain's, or a mediator's path would be too long for a socket.
 absl::StatusOr<MediatedXml> MediateXml(const std::string& xml, const std::string& mediator_dir);
 
-// The name of a device in Baton (a VM's DeviceSpec.name) and in its mediator's socket: its target where it has one
+// The name of a device in Baton (a VM's DeviceSpec.name) and in its mediator's socket: its target where it
+// has one
 // ("vda", "vhu0"), else "net0", "net1" … in document order; small letters, digits and '-'.
 std::string MediatorName(const DomainDevice& device);
 
