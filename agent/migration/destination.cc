@@ -90,6 +90,9 @@ absl::Status IncomingMigration::Impl::AcceptChannel(const stream::PreambleBytes&
                  preamble.migration_id);
   if (!stream::TokensEqual(preamble.token, o_.token))
     return absl::PermissionDeniedError("the connection's token is not that of the migration");
+  if (preamble.kind == stream::PreambleKind::kTunnel)
+    return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kInvalidArgument,
+                 "only the move of a libvirt domain has tunnels");
   std::lock_guard lock(mutex_);
   if (stopping_) return absl::CancelledError("the shim is ending");
   for (auto greeter = greeters_.begin(); greeter != greeters_.end();) {

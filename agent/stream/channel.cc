@@ -16,6 +16,8 @@ namespace baton::stream {
 namespace {
 
 constexpr unsigned kTcpUserTimeoutMs = 10'000;
+// Where it is set, TCP_USER_TIMEOUT decides how long probes may stay unanswered, not their number (tcp(7)).
+constexpr int kKeepIdleSeconds = 5, kKeepIntervalSeconds = 2;
 // A blocking call looks up this often at its deadline; nearer deadlines are waited for with poll(2).
 constexpr timeval kSlice{1, 0};
 constexpr Duration kNear = std::chrono::seconds(2);
@@ -71,6 +73,12 @@ class PlainChannel final : public Channel {
       written_.fetch_add(static_cast<uint64_t>(n), std::memory_order_relaxed);
       Advance(buffers, count, static_cast<size_t>(n));
     }
+    return absl::OkStatus();
+  }
+
+  absl::Status CloseWrite(Deadline) override {
+    if (stopped_.load(std::memory_order_acquire)) return StoppedError();
+    if (::shutdown(socket_.get(), SHUT_WR) != 0) return SocketError(errno, peer());
     return absl::OkStatus();
   }
 
@@ -157,7 +165,11 @@ absl::Status PrepareSocket(int fd) {
   if (address.ss_family != AF_INET && address.ss_family != AF_INET6) return absl::OkStatus();
   const int on = 1;
   if (::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) != 0 ||
-      ::setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &kTcpUserTimeoutMs, sizeof(kTcpUserTimeoutMs)) != 0) {
+      ::setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &kTcpUserTimeoutMs, sizeof(kTcpUserTimeoutMs)) != 0 ||
+      ::setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on)) != 0 ||
+      ::setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &kKeepIdleSeconds, sizeof(kKeepIdleSeconds)) != 0 ||
+      ::setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &kKeepIntervalSeconds, sizeof(kKeepIntervalSeconds)) !=
+          0) {
     return ErrnoError(errno, "peer connection: setsockopt");
   }
   return absl::OkStatus();

@@ -32,6 +32,9 @@ class Channel {
   virtual absl::Status ReadAll(iovec* buffers, int count, Deadline deadline);
   // Writes all buffers; may change the array `buffers` while it does.
   virtual absl::Status WriteAll(iovec* buffers, int count, Deadline deadline) = 0;
+  // Ends our direction: the peer reads what was written, then "closed by the peer", and can still write.
+  // Nothing may be written after it. For the writing thread.
+  virtual absl::Status CloseWrite(Deadline deadline) = 0;
   // Makes every call that waits, now and later, return Cancelled; the peer sees the connection end.
   virtual void Shutdown() = 0;
   // The socket of a plaintext channel, for sendfile(2) and MSG_ZEROCOPY; -1 where bytes must go through
@@ -61,8 +64,9 @@ class Channel {
   std::string peer_;
 };
 
-// Sets what every peer connection gets: non-blocking, close-on-exec, TCP_NODELAY, TCP_USER_TIMEOUT of 10 s.
-// Unix sockets are left as they are apart from the first two.
+// Sets what every peer connection gets: non-blocking, close-on-exec, TCP_NODELAY, TCP_USER_TIMEOUT of 10 s,
+// and keepalive probes after 5 s of silence: a host that is gone is noticed within 15 s, on a connection on
+// which nothing is sent as well. Unix sockets are left as they are apart from the first two.
 absl::Status PrepareSocket(int fd);
 
 // Address of the other end, for messages: "10.0.0.2:7410", or "unix".

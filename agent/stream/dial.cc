@@ -111,6 +111,15 @@ absl::StatusOr<std::unique_ptr<MessageChannel>> DialVerdictQuery(const DialOptio
   return std::make_unique<MessageChannel>(std::move(channel).value());
 }
 
+absl::StatusOr<std::unique_ptr<Channel>> DialTunnel(const DialOptions& options, uint32_t service,
+                                                    Deadline deadline) {
+  auto target = MakeTarget(options, deadline);
+  if (!target.ok()) return ConnectionError(target.status(), options);
+  auto channel = DialChannel(*target, options, PreambleKind::kTunnel, service, deadline);
+  if (!channel.ok()) return ConnectionError(channel.status(), options);
+  return channel;
+}
+
 absl::StatusOr<PreambleBytes> ReadPreamble(int fd, Deadline deadline) {
   PreambleBytes bytes;
   const std::string peer = PeerName(fd);

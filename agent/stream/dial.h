@@ -20,7 +20,7 @@ struct DialOptions {
   std::string address;
   std::string migration_id;
   Token token{};
-  // Channels 1..data_channels beside channel 0; at least 1 (ignored by DialVerdictQuery).
+  // Channels 1..data_channels beside channel 0; at least 1 (ignored by DialVerdictQuery and DialTunnel).
   uint32_t data_channels = 1;
   // Null: plaintext.
   std::shared_ptr<const TlsContext> tls;
@@ -41,6 +41,10 @@ absl::StatusOr<PeerConnections> DialPeer(const DialOptions& options, Deadline de
 // Connects once to ask for a verdict.
 absl::StatusOr<std::unique_ptr<MessageChannel>> DialVerdictQuery(const DialOptions& options,
                                                                  Deadline deadline);
+
+// Connects once for a service of a tunnel (agent/stream/tunnel.h); the exit's answer is yet to be read.
+absl::StatusOr<std::unique_ptr<Channel>> DialTunnel(const DialOptions& options, uint32_t service,
+                                                    Deadline deadline);
 
 // Agent: reads the preamble of an accepted connection, not a byte more. The socket may be blocking or not.
 absl::StatusOr<PreambleBytes> ReadPreamble(int fd, Deadline deadline);

@@ -30,6 +30,10 @@ absl::Status Check(const Preamble& preamble) {
       if (preamble.channel != 0)
         return BadPreamble(fmt::format("verdict query on channel {}", preamble.channel));
       break;
+    case PreambleKind::kTunnel:
+      if (preamble.channel == 0 || preamble.channel > kMaxTunnelService)
+        return BadPreamble(fmt::format("unknown service {} of a tunnel", preamble.channel));
+      break;
     default:
       return BadPreamble(fmt::format("unknown kind {}", static_cast<unsigned>(preamble.kind)));
   }

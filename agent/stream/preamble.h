@@ -6,7 +6,7 @@
 //        0    8  magic "BATONPEE"
 //        8    2  version (1)                        all integers little endian
 //       10    2  kind
-//       12    4  channel: 0 control, 1..N data
+//       12    4  channel: 0 control, 1..N data; of a tunnel the service
 //       16   40  migration id, zero padded
 //       56   32  one-time token
 //       88   40  zero
@@ -26,6 +26,8 @@ inline constexpr size_t kMaxMigrationId = 40;
 inline constexpr size_t kTokenSize = 32;
 // Data channels of one migration; far above what any number of cores makes useful.
 inline constexpr uint32_t kMaxDataChannels = 64;
+// libvirt, vmm, nbd.
+inline constexpr uint32_t kMaxTunnelService = 3;
 
 using PreambleBytes = std::array<uint8_t, kPreambleSize>;
 using Token = std::array<uint8_t, kTokenSize>;
@@ -36,6 +38,9 @@ enum class PreambleKind : uint16_t {
   kChannel = 1,
   // Asks for the verdict of a migration whose connection was lost; only channel 0.
   kVerdictQuery = 2,
+  // A connection of another program that is carried to the destination (agent/stream/tunnel.h); the channel
+  // is the service, 1 to kMaxTunnelService.
+  kTunnel = 3,
 };
 
 struct Preamble {

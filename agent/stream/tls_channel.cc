@@ -132,7 +132,7 @@ class TlsChannel final : public Channel {
 
   ~TlsChannel() override {
     // Tells the peer that the stream ends here on purpose; as far as the socket takes it without waiting.
-    if (established_ && !stopped_.load(std::memory_order_acquire)) {
+    if (established_ && !write_closed_ && !stopped_.load(std::memory_order_acquire)) {
       ERR_clear_error();
       SSL_shutdown(ssl_.get());
       transport_.Flush();
@@ -208,6 +208,30 @@ class TlsChannel final : public Channel {
           continue;
         }
         error = SSL_get_error(ssl_.get(), 0);
+        if (!Retryable(error)) failure = Failure(error);
+      }
+      RETURN_IF_ERROR(failure);
+      RETURN_IF_ERROR(Wait(error, deadline));
+    }
+    return FlushAll(deadline);
+  }
+
+  // TLS 1.3 ends its directions one by one (RFC 8446, 6.1): close_notify ends ours. The socket stays open
+  // both ways, since a FIN says nothing that close_notify has not said.
+  absl::Status CloseWrite(Deadline deadline) override {
+    for (;;) {
+      int error;
+      absl::Status failure;
+      {
+        std::lock_guard lock(mutex_);
+        ERR_clear_error();
+        // 0: sent, and the peer's has not come yet.
+        const int result = SSL_shutdown(ssl_.get());
+        if (result >= 0) {
+          write_closed_ = true;
+          break;
+        }
+        error = SSL_get_error(ssl_.get(), result);
         if (!Retryable(error)) failure = Failure(error);
       }
       RETURN_IF_ERROR(failure);
@@ -310,6 +334,7 @@ class TlsChannel final : public Channel {
   Transport transport_;                   // buffers guarded by mutex_; the socket is constant
   std::unique_ptr<SSL, SslDeleter> ssl_;  // guarded by mutex_
   uint64_t key_ = 0;                      // guarded by mutex_
+  bool write_closed_ = false;             // guarded by mutex_
   bool established_ = false;              // constant after Handshake()
   std::atomic<bool> stopped_{false};
 };

@@ -79,7 +79,7 @@ struct TunnelEntranceOptions {
   // The destination, for each connection. `data_channels` is ignored.
   DialOptions dial;
   // From a program's connection to the exit's answer.
-  Duration connect_timeout = std::chrono::seconds(20);
+  Duration connect_timeout = std::chrono::seconds(15);
   // Of all services together. One more is closed at once.
   size_t max_connections = kMaxTunnelConnections;
   TunnelCallbacks callbacks;
@@ -110,7 +110,7 @@ struct TunnelExitOptions {
   // The socket of each service that may be reached. A service that is not listed is refused.
   std::map<TunnelService, std::string> paths;
   // For the service to take the connection, and for the TLS handshake.
-  Duration connect_timeout = std::chrono::seconds(10);
+  Duration connect_timeout = std::chrono::seconds(7);
   size_t max_connections = kMaxTunnelConnections;
   TunnelCallbacks callbacks;
 };

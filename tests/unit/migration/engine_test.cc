@@ -204,6 +204,20 @@ TEST_F(EngineTest, MovesARunningGuest) {
 
 // What the destination can take decides what the source may hand over, and how each device stopped is in the
 // report.
+TEST_F(EngineTest, ATunnelIsNoChannelOfAMigrationOfMemory) {
+  StartDestination();
+  int fds[2];
+  ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+  UniqueFd ours(fds[0]), theirs(fds[1]);
+  auto preamble =
+      stream::EncodePreamble({stream::kProtocolVersion, stream::PreambleKind::kTunnel, 1, id_, token_});
+  ASSERT_TRUE(preamble.ok());
+  EXPECT_TRUE(absl::IsInvalidArgument(in_->AcceptChannel(*preamble, std::move(theirs))));
+  // And channel 1 is free for the one to which it belongs.
+  StartSource();
+  ExpectMoved();
+}
+
 TEST_F(EngineTest, TheDestinationSaysWhichDevicesTakeRequestsInFlight) {
   Prepare("m1");
   params_.set_inflight(v1::HANDOFF);

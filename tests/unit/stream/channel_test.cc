@@ -42,6 +42,20 @@ TEST(Channel, End_IsToldApartFromDamage) {
   EXPECT_EQ(b->Write("x", 1, Soon()).code(), absl::StatusCode::kUnavailable);
 }
 
+TEST(Channel, CloseWrite_EndsOneDirection) {
+  auto [a, b] = ChannelPair();
+  char buffer[8] = "";
+  ASSERT_TRUE(a->Write("abc", 3, Soon()).ok());
+  ASSERT_TRUE(a->CloseWrite(Soon()).ok());
+  ASSERT_TRUE(b->Read(buffer, 3, Soon()).ok());
+  EXPECT_EQ(b->Read(buffer, 1, Soon()).code(), absl::StatusCode::kOutOfRange);
+  ASSERT_TRUE(b->Write("defg", 4, Soon()).ok());
+  ASSERT_TRUE(a->Read(buffer, 4, Soon()).ok());
+  EXPECT_EQ(std::string(buffer, 4), "defg");
+  b.reset();
+  EXPECT_EQ(a->Read(buffer, 1, Soon()).code(), absl::StatusCode::kOutOfRange);
+}
+
 TEST(Channel, Deadline_BoundsReadAndWrite) {
   auto [a, b] = ChannelPair();
   char byte;
@@ -194,6 +208,8 @@ TEST(Dial, ConnectsAllChannelsWithTheirPreambles) {
     EXPECT_NE(value, 0);
     EXPECT_EQ(::getsockopt((*channel)->plain_fd(), IPPROTO_TCP, TCP_USER_TIMEOUT, &value, &length), 0);
     EXPECT_EQ(value, 10'000);
+    EXPECT_EQ(::getsockopt((*channel)->plain_fd(), SOL_SOCKET, SO_KEEPALIVE, &value, &length), 0);
+    EXPECT_NE(value, 0);
   }
 }
 

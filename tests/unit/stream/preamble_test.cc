@@ -31,6 +31,13 @@ TEST(Preamble, RoundTrip) {
   query.channel = 0;
   query.migration_id = std::string(kMaxMigrationId, 'x');
   EXPECT_EQ(*DecodePreamble(*EncodePreamble(query)), query);
+
+  for (uint32_t service = 1; service <= kMaxTunnelService; ++service) {
+    Preamble tunnel = SamplePreamble();
+    tunnel.kind = PreambleKind::kTunnel;
+    tunnel.channel = service;
+    EXPECT_EQ(*DecodePreamble(*EncodePreamble(tunnel)), tunnel);
+  }
 }
 
 // The layout is a contract between versions: these offsets never change.
@@ -75,6 +82,12 @@ TEST(Preamble, BadFields_CannotBeEncoded) {
   preamble = SamplePreamble();
   preamble.kind = PreambleKind::kVerdictQuery;
   EXPECT_FALSE(EncodePreamble(preamble).ok()) << "a query has channel 0";
+  preamble = SamplePreamble();
+  preamble.kind = PreambleKind::kTunnel;
+  for (uint32_t channel : {0u, kMaxTunnelService + 1}) {
+    preamble.channel = channel;
+    EXPECT_FALSE(EncodePreamble(preamble).ok()) << "service " << channel;
+  }
   preamble.kind = PreambleKind::kInvalid;
   EXPECT_FALSE(EncodePreamble(preamble).ok());
 }

@@ -121,6 +121,23 @@ TEST_F(Certificates, GoodEndIsToldApartFromABrokenConnection) {
   }
 }
 
+TEST_F(Certificates, CloseWriteEndsOneDirection) {
+  Ends ends = Connect("host-a", "host-b", "host-b");
+  char buffer[8] = "";
+  ASSERT_TRUE((*ends.client)->Write("abc", 3, Soon()).ok());
+  ASSERT_TRUE((*ends.client)->CloseWrite(Soon()).ok());
+  ASSERT_TRUE((*ends.server)->Read(buffer, 3, Soon()).ok());
+  EXPECT_EQ((*ends.server)->Read(buffer, 1, Soon()).code(), absl::StatusCode::kOutOfRange);
+  // The other direction goes on, in several records.
+  const std::string data(100'000, 'd');
+  ASSERT_TRUE((*ends.server)->Write(data.data(), data.size(), Soon()).ok());
+  std::string got(data.size(), '\0');
+  ASSERT_TRUE((*ends.client)->Read(got.data(), got.size(), Soon()).ok());
+  EXPECT_EQ(got, data);
+  ends.server->reset();
+  EXPECT_EQ((*ends.client)->Read(buffer, 1, Soon()).code(), absl::StatusCode::kOutOfRange);
+}
+
 TEST_F(Certificates, ShutdownAndDeadlineEndAWait) {
   Ends ends = Connect("host-a", "host-b", "host-b");
   char byte;
