@@ -46,41 +46,31 @@ Now Controller::Time() const {
 }
 
 absl::Status Controller::Load() {
-  std::string after;
   std::set<std::string> known;
-  while (true) {
-    ASSIGN_OR_RETURN(auto items, store_.Scan("migrations/", after, 500));
-    for (const Item& item : items) {
-      std::string id = IdOf(item.key);
-      known.insert(item.key);
-      ASSIGN_OR_RETURN(v1::Migration migration, FromValue(item.value, item.revision));
-      migration.clear_revision();
-      migration.clear_etag();
-      if (migration.phase() >= v1::SUCCEEDED) ended_.push_back(id);
-      auto control = store_.Get("control/" + id);
-      if (control.status().code() == absl::StatusCode::kNotFound) continue;
-      RETURN_IF_ERROR(control.status());
-      MigrationControl record;
-      if (!record.ParseFromString(control->value)) {
-        return Error(absl::StatusCode::kDataLoss, "store: control/{} cannot be read", id);
-      }
-      Add(id, Machine(std::move(migration), std::move(record), options_.times));
+  RETURN_IF_ERROR(store_.ForEach("migrations/", [&](const Item& item) -> absl::Status {
+    std::string id = IdOf(item.key);
+    known.insert(item.key);
+    ASSIGN_OR_RETURN(v1::Migration migration, FromValue(item.value, item.revision));
+    migration.clear_revision();
+    migration.clear_etag();
+    if (migration.phase() >= v1::SUCCEEDED) ended_.push_back(id);
+    auto control = store_.Get("control/" + id);
+    if (control.status().code() == absl::StatusCode::kNotFound) return absl::OkStatus();
+    RETURN_IF_ERROR(control.status());
+    MigrationControl record;
+    if (!record.ParseFromString(control->value)) {
+      return Error(absl::StatusCode::kDataLoss, "store: control/{} cannot be read", id);
     }
-    if (items.size() < 500) break;
-    after = items.back().key;
-  }
+    Add(id, Machine(std::move(migration), std::move(record), options_.times));
+    return absl::OkStatus();
+  }));
   // Request ids live as long as what they made.
-  after.clear();
   Batch forget;
-  while (true) {
-    ASSIGN_OR_RETURN(auto items, store_.Scan("requests/migrations.", after, 500));
-    for (const Item& item : items) {
-      RequestRecord record;
-      if (!record.ParseFromString(item.value) || !known.count(record.name())) forget.Delete(item.key);
-    }
-    if (items.size() < 500) break;
-    after = items.back().key;
-  }
+  RETURN_IF_ERROR(store_.ForEach("requests/migrations.", [&](const Item& item) {
+    RequestRecord record;
+    if (!record.ParseFromString(item.value) || !known.count(record.name())) forget.Delete(item.key);
+    return absl::OkStatus();
+  }));
   if (!forget.empty()) RETURN_IF_ERROR(store_.Commit(forget).status());
   for (auto& [id, entry] : entries_) {
     LOG_INFO("migrations/{}: going on in phase {}", id, LabelOf(entry->machine.migration().phase()));

@@ -67,20 +67,15 @@ DeviceEvents::~DeviceEvents() {
 }
 
 absl::Status DeviceEvents::Load() {
-  std::string after;
-  while (true) {
-    ASSIGN_OR_RETURN(auto items, store_.Scan("events/", after, 1000));
-    for (const Item& item : items) {
-      Entry entry;
-      if (!entry.record.ParseFromString(item.value))
-        return Error(absl::StatusCode::kDataLoss, "store: {} cannot be read", item.key);
-      const std::string vm = IdOf(item.key);
-      Entry& kept = entries_[vm] = std::move(entry);
-      if (!kept.record.settled()) Arm(vm, kept, EventWallNow());
-    }
-    if (items.size() < 1000) return absl::OkStatus();
-    after = items.back().key;
-  }
+  return store_.ForEach("events/", [this](const Item& item) {
+    Entry entry;
+    if (!entry.record.ParseFromString(item.value))
+      return Error(absl::StatusCode::kDataLoss, "store: {} cannot be read", item.key);
+    const std::string vm = IdOf(item.key);
+    Entry& kept = entries_[vm] = std::move(entry);
+    if (!kept.record.settled()) Arm(vm, kept, EventWallNow());
+    return absl::OkStatus();
+  });
 }
 
 bool DeviceEvents::Save(const std::string& vm, Entry& entry, DeviceEventRecord record) {

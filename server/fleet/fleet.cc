@@ -29,32 +29,16 @@ Fleet::Fleet(EventLoop& loop, Store& store, ServerMetrics& metrics, const FleetO
 Fleet::~Fleet() = default;
 
 absl::Status Fleet::Load() {
-  std::string after;
-  while (true) {
-    ASSIGN_OR_RETURN(auto items, store_.Scan("hosts/", after, 1000));
-    for (const Item& item : items) {
-      HostEntry entry;
-      if (!entry.record.ParseFromString(item.value)) {
-        return Error(absl::StatusCode::kDataLoss, "store: {} cannot be read", item.key);
-      }
-      hosts_[IdOf(item.key)] = std::move(entry);
-    }
-    if (items.size() < 1000) break;
-    after = items.back().key;
-  }
-  after.clear();
-  while (true) {
-    ASSIGN_OR_RETURN(auto items, store_.Scan("vms/", after, 1000));
-    for (const Item& item : items) {
-      VmEntry entry;
-      if (!entry.record.ParseFromString(item.value)) {
-        return Error(absl::StatusCode::kDataLoss, "store: {} cannot be read", item.key);
-      }
-      vms_[IdOf(item.key)] = std::move(entry);
-    }
-    if (items.size() < 1000) break;
-    after = items.back().key;
-  }
+  auto read = [](const Item& item, auto& record) {
+    return record.ParseFromString(item.value)
+               ? absl::OkStatus()
+               : Error(absl::StatusCode::kDataLoss, "store: {} cannot be read", item.key);
+  };
+  RETURN_IF_ERROR(
+      store_.ForEach("hosts/", [&](const Item& item) { return read(item, hosts_[IdOf(item.key)].record); }));
+  RETURN_IF_ERROR(
+      store_.ForEach("vms/", [&](const Item& item) { return read(item, vms_[IdOf(item.key)].record); }));
+  RETURN_IF_ERROR(ForgetSwaps());
   CountHosts();
   return absl::OkStatus();
 }

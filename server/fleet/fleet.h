@@ -139,6 +139,8 @@ class Fleet {
   void ArmHeartbeat(const std::shared_ptr<Session>& session);
   void OnResult(Session& session, const v1::CommandResult& result);
   void TakeVm(HostEntry& host, const v1::Vm& vm);
+  // Request ids of swaps live as long as the VM. At the start: drops those of VMs that are gone.
+  absl::Status ForgetSwaps();
   // The answer of an agent to a swap: recorded together with its request.
   absl::StatusOr<v1::SwapDeviceResponse> TakeSwapped(const v1::SwapDeviceRequest& request,
                                                      const v1::DeviceSwapped& swapped);

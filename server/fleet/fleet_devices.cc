@@ -12,7 +12,9 @@ namespace {
 // A shim probes, connects and stops, each within seconds, besides the drain itself.
 constexpr int64_t kSwapSeconds = 30;
 
-std::string SwapRequestKey(const std::string& request_id) { return "requests/swaps." + request_id; }
+constexpr char kSwapRequests[] = "requests/swaps.";
+
+std::string SwapRequestKey(const std::string& request_id) { return kSwapRequests + request_id; }
 
 // Equal for equal requests: there is no map in it.
 std::string BodyOf(v1::SwapDeviceRequest request) {
@@ -92,6 +94,16 @@ void Fleet::SwapDevice(const v1::SwapDeviceRequest& request, SwapCallback callba
          if (!reply.status.ok()) return callback(Annotate(reply.status, fmt::format("vms/{}", id)));
          callback(TakeSwapped(request, reply.result.swapped()));
        });
+}
+
+absl::Status Fleet::ForgetSwaps() {
+  Batch forget;
+  RETURN_IF_ERROR(store_.ForEach(kSwapRequests, [&](const Item& item) {
+    RequestRecord record;
+    if (!record.ParseFromString(item.value) || !vms_.count(IdOf(record.name()))) forget.Delete(item.key);
+    return absl::OkStatus();
+  }));
+  return forget.empty() ? absl::OkStatus() : store_.Commit(forget).status();
 }
 
 absl::StatusOr<v1::SwapDeviceResponse> Fleet::TakeSwapped(const v1::SwapDeviceRequest& request,

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -65,6 +66,9 @@ class Store {
   // strictly behind `after` in that order (empty: from the beginning).
   virtual absl::StatusOr<std::vector<Item>> Scan(const std::string& prefix, const std::string& after,
                                                  int limit, bool reverse = false) = 0;
+  // Every item whose key starts with `prefix`, in ascending order, until `take` fails. `take` must not write
+  // what it is still to be given.
+  absl::Status ForEach(const std::string& prefix, const std::function<absl::Status(const Item&)>& take);
   // Up to `limit` logged changes of keys under `prefix` with a revision above `after`, in order. Only keys
   // under migrations/ are logged. OutOfRange if changes above `after` were compacted away, or `after` lies in
   // the future.

@@ -375,6 +375,29 @@ TEST_F(SwapTest, IsDoneOnceForARequestId) {
   EXPECT_EQ(answer_->status().code(), absl::StatusCode::kAlreadyExists);
 }
 
+TEST_F(SwapTest, RequestIdsAreForgottenWithTheVm) {
+  Vm(0);
+  Swap(Request());
+  Answer();
+  auto remembered = [this] {
+    size_t count = 0;
+    On([&] { count = store_->Scan("requests/swaps.", "", 10)->size(); });
+    return count;
+  };
+  EXPECT_EQ(remembered(), 1u);
+  // As long as the VM is known, also over a restart.
+  Shut();
+  Open();
+  EXPECT_EQ(remembered(), 1u);
+  v1::AgentMessage gone;
+  gone.mutable_vm_gone()->set_vm("web1");
+  On([&] { fleet_->Receive(sessions_["a"], gone); });
+  vm_.Clear();
+  Shut();
+  Open();
+  EXPECT_EQ(remembered(), 0u);
+}
+
 TEST_F(SwapTest, AFailedOneMayBeRepeated) {
   Vm(0);
   Swap(Request());
