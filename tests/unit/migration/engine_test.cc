@@ -202,9 +202,8 @@ TEST_F(EngineTest, MovesARunningGuest) {
   EXPECT_EQ(phases, (std::vector<v1::Phase>{v1::PRECOPY, v1::SWITCHOVER, v1::FINISHING, v1::SUCCEEDED}));
 }
 
-// What the destination can take decides what the source may hand over, and how each device stopped is in the
-// report.
 TEST_F(EngineTest, ATunnelIsNoChannelOfAMigrationOfMemory) {
+  Prepare("m1");
   StartDestination();
   int fds[2];
   ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
@@ -218,6 +217,8 @@ TEST_F(EngineTest, ATunnelIsNoChannelOfAMigrationOfMemory) {
   ExpectMoved();
 }
 
+// What the destination can take decides what the source may hand over, and how each device stopped is in the
+// report.
 TEST_F(EngineTest, TheDestinationSaysWhichDevicesTakeRequestsInFlight) {
   Prepare("m1");
   params_.set_inflight(v1::HANDOFF);
