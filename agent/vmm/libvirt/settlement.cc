@@ -1,0 +1,453 @@
+#include "agent/vmm/libvirt/settlement.h"
+
+#include <fmt/format.h>
+#include <libvirt/libvirt.h>
+
+namespace baton::vmm {
+namespace {
+
+using Action = SettlementAction;
+using Condition = DomainCondition;
+
+// The source's copy, by what it means here.
+enum class SourceCopy {
+  kUnseen,
+  kNone,
+  kRuns,
+  kHolds,    // stands still of its own accord, and holds the guest
+  kStopped,  // stands still because of the migration (or of our suspending)
+  kPostcopy,
+  kPostcopyFailed,
+  kCrashed,
+};
+
+enum class DestinationCopy {
+  kUnseen,
+  kNone,
+  kRuns,
+  kPostcopy,        // started, pages are missing
+  kPostcopyFailed,  // the same, and nobody brings them
+  kHolds,           // finished, stands still
+  kIncoming,        // not finished
+  kCrashed,
+};
+
+SourceCopy SourceOf(const SettlementInput& in) {
+  switch (in.source.condition) {
+    case Condition::kUnreachable:
+      return SourceCopy::kUnseen;
+    case Condition::kAbsent:
+    case Condition::kShutOff:
+    case Condition::kShutOffMigrated:
+      return SourceCopy::kNone;
+    case Condition::kRunning:
+    case Condition::kRunningPostcopy:
+    case Condition::kRunningPostcopyFailed:
+      return SourceCopy::kRuns;
+    case Condition::kPaused:
+      return in.source_suspended && !in.was_paused ? SourceCopy::kStopped : SourceCopy::kHolds;
+    case Condition::kPausedMigration:
+    case Condition::kPausedIncoming:
+      return SourceCopy::kStopped;
+    case Condition::kPausedPostcopy:
+      return SourceCopy::kPostcopy;
+    case Condition::kPausedPostcopyFailed:
+      return SourceCopy::kPostcopyFailed;
+    case Condition::kCrashed:
+      return SourceCopy::kCrashed;
+  }
+  return SourceCopy::kUnseen;
+}
+
+DestinationCopy DestinationOf(const SettlementInput& in) {
+  switch (in.destination.condition) {
+    case Condition::kUnreachable:
+      return in.fenced ? DestinationCopy::kNone : DestinationCopy::kUnseen;
+    case Condition::kAbsent:
+    case Condition::kShutOff:
+    case Condition::kShutOffMigrated:
+      return DestinationCopy::kNone;
+    case Condition::kRunning:
+      return DestinationCopy::kRuns;
+    case Condition::kRunningPostcopy:
+    case Condition::kPausedPostcopy:
+      return DestinationCopy::kPostcopy;
+    case Condition::kRunningPostcopyFailed:
+    case Condition::kPausedPostcopyFailed:
+      return DestinationCopy::kPostcopyFailed;
+    case Condition::kPaused:
+      return DestinationCopy::kHolds;
+    case Condition::kPausedMigration:
+    case Condition::kPausedIncoming:
+      return DestinationCopy::kIncoming;
+    case Condition::kCrashed:
+      return DestinationCopy::kCrashed;
+  }
+  return DestinationCopy::kUnseen;
+}
+
+Settlement Make(Action action, v1::GuestLocation location, const char* why) {
+  Settlement out;
+  out.action = action;
+  out.location = location;
+  out.why = why;
+  return out;
+}
+
+// Where the guest is while libvirt is at work.
+v1::GuestLocation Meanwhile(SourceCopy s, DestinationCopy d) {
+  if (s == SourceCopy::kUnseen) return v1::UNKNOWN;
+  if (d == DestinationCopy::kRuns || d == DestinationCopy::kPostcopy)
+    return s == SourceCopy::kRuns ? v1::UNKNOWN : v1::DESTINATION;
+  return s == SourceCopy::kRuns ? v1::SOURCE : v1::UNKNOWN;
+}
+
+Settlement DestinationRuns(SourceCopy s) {
+  switch (s) {
+    case SourceCopy::kUnseen:
+      return Make(Action::kAskAgain, v1::UNKNOWN,
+                  "the destination runs the guest; the source does not answer, and may run it too");
+    case SourceCopy::kNone:
+      return Make(Action::kNothing, v1::DESTINATION, "the destination runs the guest, the source has no copy");
+    case SourceCopy::kRuns:
+      return Make(Action::kPauseSource, v1::UNKNOWN,
+                  "both ends run: libvirt started the source again although the destination had taken over");
+    case SourceCopy::kCrashed:
+      return Make(Action::kOperator, v1::DESTINATION,
+                  "the destination runs the guest; the source keeps a crashed copy");
+    case SourceCopy::kHolds:
+    case SourceCopy::kStopped:
+    case SourceCopy::kPostcopy:
+    case SourceCopy::kPostcopyFailed:
+      return Make(Action::kDestroySource, v1::DESTINATION,
+                  "the destination was seen to run the guest; what the source has is left over");
+  }
+  return {};
+}
+
+// It runs, or would, and some of its memory is at the source only.
+Settlement DestinationInPostcopy(SourceCopy s, bool failed) {
+  switch (s) {
+    case SourceCopy::kUnseen:
+      return Make(Action::kAskAgain, v1::UNKNOWN,
+                  "the guest was started at the destination in post-copy; the source does not answer");
+    case SourceCopy::kRuns:
+      return Make(Action::kPauseSource, v1::UNKNOWN,
+                  "the source runs although the destination took over in post-copy");
+    case SourceCopy::kPostcopyFailed:
+      if (failed)
+        return Make(Action::kRecoverPostcopy, v1::DESTINATION,
+                    "post-copy lost its connection; both ends wait for another one");
+      return Make(Action::kWait, v1::DESTINATION,
+                  "post-copy lost its connection at the source; the destination has not noticed yet");
+    case SourceCopy::kPostcopy:
+    case SourceCopy::kStopped:
+      return Make(Action::kWait, v1::DESTINATION,
+                  failed ? "post-copy lost its connection at the destination; the source has not noticed yet"
+                         : "post-copy is under way");
+    case SourceCopy::kNone:
+      if (!failed)
+        return Make(Action::kWait, v1::DESTINATION,
+                    "the source has ended its copy; the destination is about to see that it has everything");
+      return Make(Action::kOperator, v1::DESTINATION,
+                  "post-copy lost its connection, and the source with the missing memory is gone");
+    case SourceCopy::kHolds:
+    case SourceCopy::kCrashed:
+      return Make(Action::kOperator, v1::DESTINATION,
+                  "the destination took over in post-copy; the source's copy does not take part in it");
+  }
+  return {};
+}
+
+// It was finished, and stands still. `ran`: it was seen to run. `may_have_run`: it was not left standing on
+// purpose, so it must have been started.
+Settlement DestinationHolds(SourceCopy s, bool ran, bool may_have_run) {
+  switch (s) {
+    case SourceCopy::kUnseen:
+      return Make(Action::kAskAgain, v1::UNKNOWN,
+                  "the destination holds the guest, paused; the source does not answer, and may run it");
+    case SourceCopy::kNone:
+      return Make(Action::kNothing, v1::PAUSED_DESTINATION,
+                  "the destination holds the guest, paused; the source has no copy");
+    case SourceCopy::kRuns:
+      if (ran)
+        return Make(Action::kPauseSource, v1::UNKNOWN,
+                    "the source runs although the guest has run at the destination, where it is paused now");
+      if (may_have_run)
+        return Make(Action::kOperator, v1::UNKNOWN,
+                    "the source runs; the destination's copy is paused, and may have run before");
+      return Make(Action::kDestroyDestination, v1::SOURCE,
+                  "the source runs the guest; the destination's paused copy has never run");
+    case SourceCopy::kHolds:
+    case SourceCopy::kStopped:
+      if (ran)
+        return Make(Action::kDestroySource, v1::PAUSED_DESTINATION,
+                    "the guest has run at the destination and is paused there; what the source has is old");
+      if (may_have_run)
+        return Make(Action::kOperator, v1::UNKNOWN,
+                    "both copies are paused, and the destination's may have run before");
+      return Make(Action::kDestroyDestination, v1::PAUSED_SOURCE,
+                  "the source holds the guest, paused; the destination's copy of it has never run");
+    case SourceCopy::kPostcopyFailed:
+    case SourceCopy::kPostcopy:
+    case SourceCopy::kCrashed:
+      return Make(Action::kOperator, v1::PAUSED_DESTINATION,
+                  "the destination holds the guest, paused; the source's copy may still be needed");
+  }
+  return {};
+}
+
+// It waits for the guest, or for libvirt's finish.
+Settlement DestinationIncoming(SourceCopy s, bool ran, bool migrated) {
+  if (s == SourceCopy::kUnseen)
+    return Make(Action::kAskAgain, v1::UNKNOWN,
+                "the destination's copy was never started; the source does not answer");
+  if (ran)
+    return Make(Action::kOperator, v1::UNKNOWN,
+                "the guest has run at the destination, and libvirt says that it is arriving there");
+  switch (s) {
+    case SourceCopy::kRuns:
+      return Make(Action::kDestroyDestination, v1::SOURCE,
+                  "the source runs the guest; the destination's copy was never started");
+    case SourceCopy::kStopped:
+    case SourceCopy::kHolds:
+    case SourceCopy::kCrashed:
+      return Make(Action::kDestroyDestination, v1::PAUSED_SOURCE,
+                  "the source holds the whole guest; the destination's copy was never started");
+    case SourceCopy::kPostcopyFailed:
+    case SourceCopy::kPostcopy:
+      return Make(Action::kWait, v1::UNKNOWN, "post-copy began, and the destination has not started yet");
+    case SourceCopy::kNone:
+      return Make(Action::kOperator, migrated ? v1::PAUSED_DESTINATION : v1::UNKNOWN,
+                  "the only copy is the destination's, which was never started and may not be whole");
+    case SourceCopy::kUnseen:
+      break;
+  }
+  return {};
+}
+
+Settlement DestinationEmpty(SourceCopy s, const SettlementInput& in, bool fenced) {
+  if (s == SourceCopy::kUnseen)
+    return Make(Action::kAskAgain, v1::UNKNOWN, "the destination has no copy; the source does not answer");
+  if (in.destination_ran) {
+    switch (s) {
+      case SourceCopy::kRuns:
+        return Make(Action::kOperator, v1::SOURCE,
+                    "the source runs; but the guest had run at the destination, where it ended, so what it wrote "
+                    "there is on its disks and not in its memory");
+      case SourceCopy::kNone:
+        return Make(Action::kNothing, v1::LOST, "the guest ran at the destination and ended there");
+      default:
+        return Make(Action::kOperator, v1::LOST,
+                    "the guest ran at the destination and ended there; the source's copy is old and must not run");
+    }
+  }
+  switch (s) {
+    case SourceCopy::kRuns:
+      return Make(Action::kNothing, v1::SOURCE, "the source runs the guest, the destination has no copy");
+    case SourceCopy::kHolds:
+    case SourceCopy::kCrashed:
+      return Make(Action::kNothing, v1::PAUSED_SOURCE,
+                  "the source holds the guest, which stood still by itself; the destination has no copy");
+    case SourceCopy::kStopped:
+      if (in.handed_over && !in.destination_watched && !fenced)
+        return Make(Action::kOperator, v1::UNKNOWN,
+                    "the destination has no copy; one may have run and ended while nobody watched");
+      return Make(Action::kResumeSource, v1::PAUSED_SOURCE,
+                  "the source holds the guest; the destination has no copy and none has run there");
+    case SourceCopy::kPostcopy:
+    case SourceCopy::kPostcopyFailed:
+      return Make(Action::kOperator, v1::LOST,
+                  "the guest was started at the destination in post-copy and is gone there");
+    case SourceCopy::kNone:
+    case SourceCopy::kUnseen:
+      return Make(Action::kNothing, v1::LOST, "neither end has a copy: the guest has ended");
+  }
+  return {};
+}
+
+Settlement DestinationCrashed(SourceCopy s, bool ran) {
+  switch (s) {
+    case SourceCopy::kUnseen:
+      return Make(Action::kAskAgain, v1::UNKNOWN, "the guest crashed at the destination; the source does not answer");
+    case SourceCopy::kNone:
+      return Make(Action::kNothing, v1::PAUSED_DESTINATION, "the guest crashed at the destination and was kept there");
+    case SourceCopy::kRuns:
+      return Make(Action::kOperator, v1::SOURCE, "the source runs; a copy crashed at the destination");
+    case SourceCopy::kHolds:
+    case SourceCopy::kStopped:
+      if (ran)
+        return Make(Action::kDestroySource, v1::PAUSED_DESTINATION,
+                    "the guest ran at the destination and crashed there; what the source has is old");
+      [[fallthrough]];
+    case SourceCopy::kPostcopy:
+    case SourceCopy::kPostcopyFailed:
+    case SourceCopy::kCrashed:
+      return Make(Action::kOperator, v1::PAUSED_DESTINATION, "a copy crashed at the destination, and the source has one");
+  }
+  return {};
+}
+
+Settlement DestinationUnseen(SourceCopy s, const SettlementInput& in) {
+  // Certain: what the destination has, if anything, is not whole and cannot be started.
+  if (!in.handed_over && !in.destination_ran) {
+    switch (s) {
+      case SourceCopy::kRuns:
+        return Make(Action::kNothing, v1::SOURCE,
+                    "the source runs the guest, whose state never got to the destination whole");
+      case SourceCopy::kHolds:
+      case SourceCopy::kCrashed:
+        return Make(Action::kNothing, v1::PAUSED_SOURCE,
+                    "the source holds the guest, whose state never got to the destination whole");
+      case SourceCopy::kStopped:
+        return Make(Action::kResumeSource, v1::PAUSED_SOURCE,
+                    "the source holds the guest, whose state never got to the destination whole");
+      default:
+        break;
+    }
+  }
+  if (s == SourceCopy::kRuns)
+    return Make(Action::kPauseSource, v1::UNKNOWN,
+                "the source runs, after the destination may have taken over; the destination does not answer");
+  return Make(Action::kAskAgain, v1::UNKNOWN, "the destination does not answer, and may run the guest");
+}
+
+Settlement Decide(const SettlementInput& in) {
+  const SourceCopy s = SourceOf(in);
+  const DestinationCopy d = DestinationOf(in);
+  // A source that runs and has nothing under way will not stop by itself, whatever the destination is about to do.
+  const bool busy = in.call_active || in.source.job || in.destination.job;
+  const bool both_run = s == SourceCopy::kRuns && !in.call_active && !in.source.job && d == DestinationCopy::kRuns;
+  // libvirt keeps the job of a broken post-copy, for the call that recovers it.
+  const bool broken = s == SourceCopy::kPostcopyFailed && d == DestinationCopy::kPostcopyFailed && !in.call_active;
+  if (busy && !both_run && !broken) return Make(Action::kWait, Meanwhile(s, d), "libvirt is at work");
+  switch (d) {
+    case DestinationCopy::kUnseen:
+      return s == SourceCopy::kUnseen ? Make(Action::kAskAgain, v1::UNKNOWN, "neither end answers")
+                                      : DestinationUnseen(s, in);
+    case DestinationCopy::kNone:
+      return DestinationEmpty(s, in, in.destination.condition == Condition::kUnreachable);
+    case DestinationCopy::kRuns:
+      return DestinationRuns(s);
+    case DestinationCopy::kPostcopy:
+      return DestinationInPostcopy(s, false);
+    case DestinationCopy::kPostcopyFailed:
+      return DestinationInPostcopy(s, true);
+    case DestinationCopy::kHolds:
+      return DestinationHolds(s, in.destination_ran, in.destination_ran || !in.was_paused);
+    case DestinationCopy::kIncoming:
+      return DestinationIncoming(s, in.destination_ran, in.source.condition == Condition::kShutOffMigrated);
+    case DestinationCopy::kCrashed:
+      return DestinationCrashed(s, in.destination_ran);
+  }
+  return {};
+}
+
+}  // namespace
+
+const char* NameOf(DomainCondition condition) {
+  switch (condition) {
+    case Condition::kUnreachable:
+      return "does not answer";
+    case Condition::kAbsent:
+      return "absent";
+    case Condition::kShutOff:
+      return "shut off";
+    case Condition::kShutOffMigrated:
+      return "shut off, migrated";
+    case Condition::kRunning:
+      return "running";
+    case Condition::kRunningPostcopy:
+      return "running in post-copy";
+    case Condition::kRunningPostcopyFailed:
+      return "running, post-copy failed";
+    case Condition::kPaused:
+      return "paused";
+    case Condition::kPausedMigration:
+      return "paused by migration";
+    case Condition::kPausedIncoming:
+      return "arriving";
+    case Condition::kPausedPostcopy:
+      return "paused in post-copy";
+    case Condition::kPausedPostcopyFailed:
+      return "paused, post-copy failed";
+    case Condition::kCrashed:
+      return "crashed";
+  }
+  return "unknown";
+}
+
+const char* NameOf(SettlementAction action) {
+  switch (action) {
+    case Action::kNothing:
+      return "nothing";
+    case Action::kWait:
+      return "wait";
+    case Action::kAskAgain:
+      return "ask again";
+    case Action::kResumeSource:
+      return "resume the source";
+    case Action::kPauseSource:
+      return "pause the source";
+    case Action::kDestroySource:
+      return "destroy what the source has left";
+    case Action::kDestroyDestination:
+      return "destroy the destination's copy";
+    case Action::kRecoverPostcopy:
+      return "recover post-copy";
+    case Action::kOperator:
+      return "a person decides";
+  }
+  return "unknown";
+}
+
+DomainCondition ConditionOf(int state, int reason, MigrationRole role) {
+  switch (state) {
+    case VIR_DOMAIN_RUNNING:
+    case VIR_DOMAIN_BLOCKED:
+    case VIR_DOMAIN_SHUTDOWN:  // the guest is shutting down: its vCPUs run
+      if (state == VIR_DOMAIN_RUNNING && reason == VIR_DOMAIN_RUNNING_POSTCOPY) return Condition::kRunningPostcopy;
+      if (state == VIR_DOMAIN_RUNNING && reason == VIR_DOMAIN_RUNNING_POSTCOPY_FAILED)
+        return Condition::kRunningPostcopyFailed;
+      return Condition::kRunning;
+    case VIR_DOMAIN_PAUSED:
+      switch (reason) {
+        case VIR_DOMAIN_PAUSED_MIGRATION:
+        case VIR_DOMAIN_PAUSED_STARTING_UP:
+          return role == MigrationRole::kSource ? Condition::kPausedMigration : Condition::kPausedIncoming;
+        // libvirt could not tell after its daemon's restart. At the source its own recovery takes this for the
+        // migration's doing as well.
+        case VIR_DOMAIN_PAUSED_UNKNOWN:
+          return role == MigrationRole::kSource ? Condition::kPausedMigration : Condition::kPaused;
+        case VIR_DOMAIN_PAUSED_POSTCOPY:
+          return Condition::kPausedPostcopy;
+        case VIR_DOMAIN_PAUSED_POSTCOPY_FAILED:
+          return Condition::kPausedPostcopyFailed;
+        case VIR_DOMAIN_PAUSED_CRASHED:
+          return Condition::kCrashed;
+        default:
+          return Condition::kPaused;
+      }
+    case VIR_DOMAIN_PMSUSPENDED:
+      return Condition::kPaused;
+    case VIR_DOMAIN_SHUTOFF:
+      return reason == VIR_DOMAIN_SHUTOFF_MIGRATED ? Condition::kShutOffMigrated : Condition::kShutOff;
+    case VIR_DOMAIN_CRASHED:
+      return Condition::kCrashed;
+    default:
+      return Condition::kUnreachable;
+  }
+}
+
+Settlement Settle(const SettlementInput& input) {
+  Settlement out = Decide(input);
+  out.why += fmt::format(" (source: {}{}; destination: {}{}{})", NameOf(input.source.condition),
+                         input.source.job ? ", with a job" : "", NameOf(input.destination.condition),
+                         input.destination.job ? ", with a job" : "",
+                         input.fenced && input.destination.condition == Condition::kUnreachable
+                             ? ", confirmed not to run"
+                             : "");
+  return out;
+}
+
+}  // namespace baton::vmm
