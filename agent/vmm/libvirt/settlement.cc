@@ -97,7 +97,7 @@ Settlement Make(Action action, v1::GuestLocation location, const char* why) {
 // Where the guest is while libvirt is at work.
 v1::GuestLocation Meanwhile(SourceCopy s, DestinationCopy d) {
   if (s == SourceCopy::kUnseen) return v1::UNKNOWN;
-  if (d == DestinationCopy::kRuns || d == DestinationCopy::kPostcopy)
+  if (d == DestinationCopy::kRuns || d == DestinationCopy::kPostcopy || d == DestinationCopy::kPostcopyFailed)
     return s == SourceCopy::kRuns ? v1::UNKNOWN : v1::DESTINATION;
   return s == SourceCopy::kRuns ? v1::SOURCE : v1::UNKNOWN;
 }
@@ -108,7 +108,8 @@ Settlement DestinationRuns(SourceCopy s) {
       return Make(Action::kAskAgain, v1::UNKNOWN,
                   "the destination runs the guest; the source does not answer, and may run it too");
     case SourceCopy::kNone:
-      return Make(Action::kNothing, v1::DESTINATION, "the destination runs the guest, the source has no copy");
+      return Make(Action::kNothing, v1::DESTINATION,
+                  "the destination runs the guest, the source has no copy");
     case SourceCopy::kRuns:
       return Make(Action::kPauseSource, v1::UNKNOWN,
                   "both ends run: libvirt started the source again although the destination had taken over");
@@ -232,14 +233,16 @@ Settlement DestinationEmpty(SourceCopy s, const SettlementInput& in, bool fenced
   if (in.destination_ran) {
     switch (s) {
       case SourceCopy::kRuns:
-        return Make(Action::kOperator, v1::SOURCE,
-                    "the source runs; but the guest had run at the destination, where it ended, so what it wrote "
-                    "there is on its disks and not in its memory");
+        return Make(
+            Action::kOperator, v1::SOURCE,
+            "the source runs; but the guest had run at the destination, where it ended, so what it wrote "
+            "there is on its disks and not in its memory");
       case SourceCopy::kNone:
         return Make(Action::kNothing, v1::LOST, "the guest ran at the destination and ended there");
       default:
-        return Make(Action::kOperator, v1::LOST,
-                    "the guest ran at the destination and ended there; the source's copy is old and must not run");
+        return Make(
+            Action::kOperator, v1::LOST,
+            "the guest ran at the destination and ended there; the source's copy is old and must not run");
     }
   }
   switch (s) {
@@ -269,9 +272,11 @@ Settlement DestinationEmpty(SourceCopy s, const SettlementInput& in, bool fenced
 Settlement DestinationCrashed(SourceCopy s, bool ran) {
   switch (s) {
     case SourceCopy::kUnseen:
-      return Make(Action::kAskAgain, v1::UNKNOWN, "the guest crashed at the destination; the source does not answer");
+      return Make(Action::kAskAgain, v1::UNKNOWN,
+                  "the guest crashed at the destination; the source does not answer");
     case SourceCopy::kNone:
-      return Make(Action::kNothing, v1::PAUSED_DESTINATION, "the guest crashed at the destination and was kept there");
+      return Make(Action::kNothing, v1::PAUSED_DESTINATION,
+                  "the guest crashed at the destination and was kept there");
     case SourceCopy::kRuns:
       return Make(Action::kOperator, v1::SOURCE, "the source runs; a copy crashed at the destination");
     case SourceCopy::kHolds:
@@ -283,7 +288,8 @@ Settlement DestinationCrashed(SourceCopy s, bool ran) {
     case SourceCopy::kPostcopy:
     case SourceCopy::kPostcopyFailed:
     case SourceCopy::kCrashed:
-      return Make(Action::kOperator, v1::PAUSED_DESTINATION, "a copy crashed at the destination, and the source has one");
+      return Make(Action::kOperator, v1::PAUSED_DESTINATION,
+                  "a copy crashed at the destination, and the source has one");
   }
   return {};
 }
@@ -307,19 +313,23 @@ Settlement DestinationUnseen(SourceCopy s, const SettlementInput& in) {
     }
   }
   if (s == SourceCopy::kRuns)
-    return Make(Action::kPauseSource, v1::UNKNOWN,
-                "the source runs, after the destination may have taken over; the destination does not answer");
+    return Make(
+        Action::kPauseSource, v1::UNKNOWN,
+        "the source runs, after the destination may have taken over; the destination does not answer");
   return Make(Action::kAskAgain, v1::UNKNOWN, "the destination does not answer, and may run the guest");
 }
 
 Settlement Decide(const SettlementInput& in) {
   const SourceCopy s = SourceOf(in);
   const DestinationCopy d = DestinationOf(in);
-  // A source that runs and has nothing under way will not stop by itself, whatever the destination is about to do.
+  // A source that runs and has nothing under way will not stop by itself, whatever the destination is about
+  // to do.
   const bool busy = in.call_active || in.source.job || in.destination.job;
-  const bool both_run = s == SourceCopy::kRuns && !in.call_active && !in.source.job && d == DestinationCopy::kRuns;
+  const bool both_run =
+      s == SourceCopy::kRuns && !in.call_active && !in.source.job && d == DestinationCopy::kRuns;
   // libvirt keeps the job of a broken post-copy, for the call that recovers it.
-  const bool broken = s == SourceCopy::kPostcopyFailed && d == DestinationCopy::kPostcopyFailed && !in.call_active;
+  const bool broken =
+      s == SourceCopy::kPostcopyFailed && d == DestinationCopy::kPostcopyFailed && !in.call_active;
   if (busy && !both_run && !broken) return Make(Action::kWait, Meanwhile(s, d), "libvirt is at work");
   switch (d) {
     case DestinationCopy::kUnseen:
@@ -406,7 +416,8 @@ DomainCondition ConditionOf(int state, int reason, MigrationRole role) {
     case VIR_DOMAIN_RUNNING:
     case VIR_DOMAIN_BLOCKED:
     case VIR_DOMAIN_SHUTDOWN:  // the guest is shutting down: its vCPUs run
-      if (state == VIR_DOMAIN_RUNNING && reason == VIR_DOMAIN_RUNNING_POSTCOPY) return Condition::kRunningPostcopy;
+      if (state == VIR_DOMAIN_RUNNING && reason == VIR_DOMAIN_RUNNING_POSTCOPY)
+        return Condition::kRunningPostcopy;
       if (state == VIR_DOMAIN_RUNNING && reason == VIR_DOMAIN_RUNNING_POSTCOPY_FAILED)
         return Condition::kRunningPostcopyFailed;
       return Condition::kRunning;
@@ -415,8 +426,8 @@ DomainCondition ConditionOf(int state, int reason, MigrationRole role) {
         case VIR_DOMAIN_PAUSED_MIGRATION:
         case VIR_DOMAIN_PAUSED_STARTING_UP:
           return role == MigrationRole::kSource ? Condition::kPausedMigration : Condition::kPausedIncoming;
-        // libvirt could not tell after its daemon's restart. At the source its own recovery takes this for the
-        // migration's doing as well.
+        // libvirt could not tell after its daemon's restart. At the source its own recovery takes this for
+        // the migration's doing as well.
         case VIR_DOMAIN_PAUSED_UNKNOWN:
           return role == MigrationRole::kSource ? Condition::kPausedMigration : Condition::kPaused;
         case VIR_DOMAIN_PAUSED_POSTCOPY:
@@ -441,12 +452,11 @@ DomainCondition ConditionOf(int state, int reason, MigrationRole role) {
 
 Settlement Settle(const SettlementInput& input) {
   Settlement out = Decide(input);
-  out.why += fmt::format(" (source: {}{}; destination: {}{}{})", NameOf(input.source.condition),
-                         input.source.job ? ", with a job" : "", NameOf(input.destination.condition),
-                         input.destination.job ? ", with a job" : "",
-                         input.fenced && input.destination.condition == Condition::kUnreachable
-                             ? ", confirmed not to run"
-                             : "");
+  out.why += fmt::format(
+      " (source: {}{}; destination: {}{}{})", NameOf(input.source.condition),
+      input.source.job ? ", with a job" : "", NameOf(input.destination.condition),
+      input.destination.job ? ", with a job" : "",
+      input.fenced && input.destination.condition == Condition::kUnreachable ? ", confirmed not to run" : "");
   return out;
 }
 
