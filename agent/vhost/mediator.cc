@@ -144,7 +144,8 @@ void Mediator::Impl::HandleEvents(int timeout_ms) {
     uint64_t count;
     if (::read(wake_.get(), &count, sizeof count) < 0) LOG_DEBUG("device {}: spurious wake-up", name());
     RunPosted();
-    return;  // descriptors may have changed
+    TellOfConfigChange();  // Announce makes one
+    return;                // descriptors may have changed
   }
   if (p[kErrors].revents) OnErrors();
   if (p[kChannel].revents) link_.frontend->ServeChannel();
@@ -173,18 +174,20 @@ void Mediator::Impl::HandleEvents(int timeout_ms) {
     }
     if (appeared || Deadline::At(retry_at_).Expired()) TryConnect();
   }
-  if (config_changed_ && Ready()) {
-    config_changed_ = false;
-    RefreshConfig();
-    if (record_.channel.valid()) {
-      absl::Status sent = record_.channel.Send(static_cast<uint32_t>(BackendRequest::kConfigChange), kVersion,
-                                               {}, {}, Deadline::After(std::chrono::milliseconds(100)));
-      if (!sent.ok())
-        LOG_WARN("device {}: the VMM was not told of a configuration change: {}", name(), Message(sent));
-    }
-  }
+  TellOfConfigChange();
   if (p[kListen].revents) AcceptVmm();
   if (p[kVmm].revents && vmm_.valid()) ServeVmm();
+}
+
+void Mediator::Impl::TellOfConfigChange() {
+  if (!config_changed_ || !Ready()) return;
+  config_changed_ = false;
+  RefreshConfig();
+  if (!record_.channel.valid()) return;
+  absl::Status sent = record_.channel.Send(static_cast<uint32_t>(BackendRequest::kConfigChange), kVersion, {},
+                                           {}, Deadline::After(std::chrono::milliseconds(100)));
+  if (!sent.ok())
+    LOG_WARN("device {}: the VMM was not told of a configuration change: {}", name(), Message(sent));
 }
 
 void Mediator::Impl::RunPosted() {

@@ -193,6 +193,8 @@ class Mediator::Impl {
   absl::Status SendVringAddr(uint32_t index);
   absl::Status SendNotifier(Request request, uint32_t index, const Notifier& notifier);
   void RefreshConfig();
+  // If the back-end or an announcement changed the configuration space: reads it again, and tells the VMM.
+  void TellOfConfigChange();
   uint32_t ConfigSize() const;
 
   // --- inflight_region.cc ---

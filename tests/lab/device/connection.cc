@@ -172,10 +172,11 @@ absl::Status LabDevice::Serve(vhost::WireMessage& m) {
   if (absl::IsUnimplemented(checked) && m.need_reply()) return RespondU64(id, 1);
   RETURN_IF_ERROR(checked);
   const vhost::RequestInfo* info = vhost::FindRequest(id);
-  const bool acknowledged =
-      info && info->reply == vhost::ReplyRule::kAck && m.need_reply() && (protocol_ & pf::kReplyAck);
+  const bool acknowledges = info && info->reply == vhost::ReplyRule::kAck && m.need_reply();
   absl::Status handled = Handle(m);
-  if (!acknowledged) return handled;
+  // By what is agreed on now: User-Mode Linux (vhost_user_init in arch/um/drivers/virtio_uml.c) waits for an
+  // answer to the very message that agrees on REPLY_ACK, and libvhost-user gives one.
+  if (!acknowledges || !(protocol_ & pf::kReplyAck)) return handled;
   if (!handled.ok()) LOG_WARN("{}: {}", vhost::RequestName(id), Message(handled));
   if (suspending_ && id == static_cast<uint32_t>(Request::kSetStatus)) {
     suspend_answer_ = true;  // comes when nothing is in flight any more

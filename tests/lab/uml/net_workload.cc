@@ -4,7 +4,8 @@
 // Commands on standard input, one letter: 2 and 1 set the number of queue pairs (ethtool's channels), p and n
 // switch promiscuous mode on and off, q stops, waits for what is on its way, prints RESULT and powers off.
 //
-// A frame that has not come back after two seconds counts as lost, and is not waited for any more.
+// A frame that has not come back when a later one does, or after two seconds, counts as lost and is not
+// waited for any more; if it comes after all, the network changed the order, which is an error.
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <linux/ethtool.h>
@@ -44,6 +45,7 @@ struct Stamp {
 constexpr size_t kHeader = 14 + sizeof(Stamp);
 
 unsigned g_window = 16, g_report = 500;
+bool g_returned_once[kMaxWindow] = {};  // of the frames before g_next, by sequence % kMaxWindow
 uint64_t g_sent = 0, g_next = 1, g_returned = 0, g_lost = 0, g_errors = 0, g_twice = 0, g_gap_us = 0;
 
 uint64_t NowUs() {
@@ -134,6 +136,14 @@ void SendFrame(int fd, int index, const uint8_t* mac) {
   }
 }
 
+// Gives up what has not come back of the frames before `next`.
+void Lose(uint64_t next) {
+  g_lost += next - g_next;
+  std::printf("LOST %llu to %llu\n", static_cast<unsigned long long>(g_next),
+              static_cast<unsigned long long>(next - 1));
+  for (; g_next < next; ++g_next) g_returned_once[g_next % kMaxWindow] = false;
+}
+
 void ReceiveFrames(int fd, uint64_t* heard) {
   uint8_t frame[2048];
   for (;;) {
@@ -148,16 +158,27 @@ void ReceiveFrames(int fd, uint64_t* heard) {
       ++g_errors;
       continue;
     }
-    if (stamp.sequence < g_next) {
-      ++g_twice;
+    bool& returned = g_returned_once[stamp.sequence % kMaxWindow];
+    if (stamp.sequence > g_sent || stamp.sequence + kMaxWindow <= g_next) {
+      std::printf("ERROR frame %llu, which is not under way\n",
+                  static_cast<unsigned long long>(stamp.sequence));
+      ++g_errors;
       continue;
     }
-    if (stamp.sequence > g_next) {
-      std::printf("ERROR frame %llu came before %llu\n", static_cast<unsigned long long>(stamp.sequence),
-                  static_cast<unsigned long long>(g_next));
-      ++g_errors;
-      g_lost += stamp.sequence - g_next;
+    if (stamp.sequence < g_next) {
+      if (returned) {
+        ++g_twice;
+      } else {
+        std::printf("ERROR frame %llu came after %llu\n", static_cast<unsigned long long>(stamp.sequence),
+                    static_cast<unsigned long long>(g_next - 1));
+        ++g_errors;
+        --g_lost;
+        returned = true;
+      }
+      continue;
     }
+    if (stamp.sequence > g_next) Lose(stamp.sequence);
+    returned = true;
     g_next = stamp.sequence + 1;
     const uint64_t now = NowUs();
     if (now - *heard > g_gap_us) g_gap_us = now - *heard;
@@ -204,10 +225,7 @@ int main() {
     poll(p, 2, 50);
     ReceiveFrames(fd, &heard);
     if (g_next <= g_sent && NowUs() - heard > kLostAfterUs) {
-      g_lost += g_sent + 1 - g_next;
-      std::printf("LOST %llu to %llu\n", static_cast<unsigned long long>(g_next),
-                  static_cast<unsigned long long>(g_sent));
-      g_next = g_sent + 1;
+      Lose(g_sent + 1);
       heard = NowUs();
     }
     if (!open || !(p[1].revents & (POLLIN | POLLHUP))) continue;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <csignal>
@@ -281,10 +282,20 @@ TEST_F(NicTest, Announce_OfAGuestThatCanIsAskedOfTheGuest) {
   options_.features |= virtio::kNetFGuestAnnounce;
   ASSERT_NO_FATAL_FAILURE(Begin());
   ASSERT_NO_FATAL_FAILURE(Prepare());
+  int ends[2];
+  ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
+  UniqueFd theirs(ends[1]);
+  Connection channel{UniqueFd(ends[0])};
+  auto opened = vmm_->Set(Request::kSetBackendReqFd, std::span<const uint8_t>(), {theirs.get()});
+  ASSERT_TRUE(opened.ok() && *opened == 0) << opened.status();
   StartRing(0);
   StartRing(1);
   ASSERT_TRUE(mediator_->Announce(Soon()).ok());
   EXPECT_EQ(backend_->Of(Request::kSetConfig), std::vector<uint32_t>{6}) << "the status field";
+  // Nothing else happens in the mediator that could wake it: the VMM is told at once.
+  auto told = channel.Receive(/*reply=*/false, Soon());
+  ASSERT_TRUE(told.ok()) << told.status();
+  EXPECT_EQ(told->header.request, static_cast<uint32_t>(BackendRequest::kConfigChange));
   EXPECT_TRUE(backend_->Of(Request::kSendRarp).empty());
 }
 
