@@ -81,6 +81,8 @@ void Fleet::TakeVm(HostEntry& host, const v1::Vm& reported) {
   CountHosts();
   if (observer_) observer_->OnVm(id);
   if (observer_ && vm.state() == v1::Vm::STOPPED) observer_->OnVmEnded(IdOf(host_name), id, vm.message());
+  // The word of the host to which libvirt moved it may have come before this one's.
+  if (vm.has_domain() && vm.state() == v1::Vm::STOPPED) Adopt(id);
 }
 
 void Fleet::SetStale(const std::string& id, VmEntry& entry, const v1::Vm& claim, bool is_void) {

@@ -112,6 +112,10 @@ v1::Domain DomainMessage(const DomainDescription& domain, const QemuView* view) 
 
 namespace {
 
+// Of a domain that has moved away, whose definition libvirt is about to remove.
+constexpr int kRereads = 10;
+constexpr auto kRereadInterval = std::chrono::milliseconds(200);
+
 // One domain as libvirt has it now.
 struct ReadDomain {
   std::string xml;
@@ -232,6 +236,10 @@ class LibvirtInventory::Impl {
     bool viewed = false;
     Clock::time_point view_due{};
     bool active = false;
+    // libvirt tells that a domain has moved away before it removes its definition, and of that it tells
+    // nothing: it is read again so many times more.
+    int rereads = 0;
+    bool due() const { return active || rereads > 0; }
     // A look at QEMU that has not returned: no second one is begun.
     std::shared_ptr<std::atomic<bool>> looking = std::make_shared<std::atomic<bool>>(false);
   };
@@ -254,7 +262,7 @@ class LibvirtInventory::Impl {
         if (up) todo.swap(pending_);
         if (up) {
           for (auto& [uuid, entry] : domains_) {
-            if (entry.active && entry.view_due <= Clock::now()) todo.insert(uuid);
+            if (entry.due() && entry.view_due <= Clock::now()) todo.insert(uuid);
           }
         }
       }
@@ -285,7 +293,7 @@ class LibvirtInventory::Impl {
   std::optional<Clock::time_point> NextDue() const {
     std::optional<Clock::time_point> due;
     for (const auto& [uuid, entry] : domains_) {
-      if (entry.active && (!due || entry.view_due < *due)) due = entry.view_due;
+      if (entry.due() && (!due || entry.view_due < *due)) due = entry.view_due;
     }
     return due;
   }
@@ -327,6 +335,9 @@ class LibvirtInventory::Impl {
       std::lock_guard lock(mutex_);
       if (auto found = domains_.find(uuid); found != domains_.end()) entry = found->second;
     }
+    const bool moved_away = read->state == VIR_DOMAIN_SHUTOFF && read->reason == VIR_DOMAIN_SHUTOFF_MIGRATED;
+    entry.rereads = !moved_away ? 0 : entry.active ? kRereads : std::max(0, entry.rereads - 1);
+    if (entry.rereads > 0) entry.view_due = Clock::now() + kRereadInterval;
     std::string words;
     entry.vm.set_name("vms/" + VmIdOf(domain->name, uuid));
     entry.vm.set_driver("libvirt");

@@ -52,14 +52,17 @@ class ClusterTest(unittest.TestCase):
         if left:
             raise AssertionError("left behind: " + ", ".join(left))
 
+    @classmethod
+    def make_cluster(cls):
+        return Cluster(cls.lab, secure=cls.SECURE, qemu=cls.QEMU, storage_program=cls.STORAGE,
+                       small_disks=cls.SMALL_DISKS, lab_storage=cls.LAB_STORAGE, lab_guest=cls.LAB_GUEST)
+
     def setUp(self):
         cls = type(self)
         if cls.lab is None:
             cls.lab = Lab(os.path.join("e2e", f"{cls.__name__}-{self._testMethodName}"), BIN)
             try:
-                cls.cluster = Cluster(cls.lab, secure=cls.SECURE, qemu=cls.QEMU, storage_program=cls.STORAGE,
-                                      small_disks=cls.SMALL_DISKS, lab_storage=cls.LAB_STORAGE,
-                                      lab_guest=cls.LAB_GUEST)
+                cls.cluster = cls.make_cluster()
                 cls.cluster.__enter__()
             except BaseException:
                 cls.drop_cluster()

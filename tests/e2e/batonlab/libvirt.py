@@ -140,8 +140,11 @@ class LibvirtHost:
             shutil.rmtree(new)
 
     def launch(self, daemon):
-        self.processes[daemon] = self.cluster.lab.spawn(["/usr/sbin/" + daemon], f"{daemon}-{self.name}", host=self.name,
-                                                        prefix=self.prefix())
+        # What it knows of QEMU holds for the processor that it started on, whose number is part of what CPUID says: on one
+        # processor until it is ready, it can use what was kept.
+        self.processes[daemon] = self.cluster.lab.spawn(
+            ["/usr/sbin/" + daemon], f"{daemon}-{self.name}", host=self.name, prefix=self.prefix(),
+            preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}))
 
     def wait_ready(self, timeout=60):
         def ready():
@@ -149,7 +152,11 @@ class LibvirtHost:
             if code is not None:
                 raise LabError(f"libvirtd of {self.name} ended with {code}, see libvirtd-{self.name}.log")
             return os.path.exists(self.socket) and self.virsh("version", check=False).returncode == 0
-        wait_until(ready, f"libvirtd of {self.name}", timeout, pause=0.1)
+        wait_until(ready, f"libvirtd of {self.name}", timeout, pause=0.05)
+        for daemon in self.processes.values():
+            for thread in os.listdir(f"/proc/{daemon.pid}/task"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(thread), os.sched_getaffinity(0))
 
     def kill(self, daemon="libvirtd", number=signal.SIGKILL):
         process = self.processes[daemon]
@@ -212,6 +219,11 @@ class LibvirtAgent(Agent):
     def vm_dirs(self):
         parent = os.path.join(self.run_dir, "vms")
         return [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
+
+    def migration_directories(self):
+        """Below run_dir, of migrations that are under way or have left something."""
+        parents = [os.path.join(self.run_dir, name) for name in ("vms", "tunnels")]
+        return [os.path.join(parent, name) for parent in parents if os.path.isdir(parent) for name in os.listdir(parent)]
 
     def paused_at(self, point, vm=None):
         return any(os.path.exists(os.path.join(directory, f"pause-{point}")) for directory in self.vm_dirs())
@@ -304,7 +316,13 @@ class LibvirtCluster(Cluster):
                   "console": CONSOLE.format(name=name), **fields}
         return DOMAIN.format(name=name, memory=memory, cmdline=cmdline, guest_dir=self.guest_dir, disk=disk, **fields)
 
-    def start_domain(self, host="a", name="web1", private=False, persistent=True, xml=None, **options):
+    def write_xml(self, name, xml):
+        path = os.path.join(self.lab.dir, f"{name}.xml")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(xml)
+        return path
+
+    def start_domain(self, host="a", name="web1", private=False, persistent=True, **options):
         """Defines and starts a domain with the lab guest, and waits until it works."""
         if private:
             images, disk = [agent.private_disk(name) for agent in self.hosts.values()], PRIVATE_DISK.format(name=name)
@@ -314,9 +332,7 @@ class LibvirtCluster(Cluster):
         for image in images:
             with open(image, "wb") as file:
                 file.truncate(DISK_SIZE)
-        path = os.path.join(self.lab.dir, f"{name}.xml")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(xml or self.domain_xml(name, disk=disk, **options))
+        path = self.write_xml(name, self.domain_xml(name, disk=disk, **options))
         libvirt = self.hosts[host]
         if persistent:
             libvirt.virsh("define", path)

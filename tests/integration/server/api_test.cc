@@ -284,6 +284,12 @@ TEST_F(ApiTest, DomainThatLibvirtMoved_FollowsIt) {
   ASSERT_TRUE(Until([&] { return api_->GetVm("db1")->state() == v1::Vm::STOPPED; }));
   a_->AddDomain("db1", "4dea22b3");
   ASSERT_TRUE(Until([&] { return HostOf("db1") == "hosts/a"; }));
+  // The same, but the other host is heard first.
+  b_->AddDomain("db1", "4dea22b3");
+  ASSERT_TRUE(Until([&] { return api_->GetVm("db1")->message() != ""; }));
+  a_->AddDomain("db1", "4dea22b3", v1::Vm::STOPPED);
+  ASSERT_TRUE(Until([&] { return HostOf("db1") == "hosts/b"; }));
+  EXPECT_EQ(api_->GetVm("db1")->message(), "");
 }
 
 TEST_F(ApiTest, DomainsOfOneName_AreTwoVms) {

@@ -1,0 +1,168 @@
+"""Base of the end-to-end tests with libvirt: a cluster of libvirt hosts that the tests of a class share."""
+import signal
+
+from .case import ClusterTest
+from .cluster import summary
+from .lab import LabError, wait_until
+from .libvirt import LibvirtCluster
+
+VM = "web1"
+
+# Slow enough that pre-copy lasts until something is done about it, fast enough that a cancel is noticed at once.
+SLOW = ("--bandwidth", "4MiB")
+
+
+class LibvirtTest(ClusterTest):
+    SECURE = True
+    # Enough memory traffic for several iterations, a disk that is never idle, and a full check that does not take long.
+    CMDLINE = "lab.pages=2048 lab.dirty=1000 lab.blocks=512"
+    MEMORY = 128
+    # Disks of their own at each host, which the migration copies.
+    PRIVATE = False
+
+    @classmethod
+    def make_cluster(cls):
+        return LibvirtCluster(cls.lab, secure=cls.SECURE)
+
+    def have_guest(self, host=None):
+        cls = type(self)
+        if cls.guest is None:
+            cls.guest = cls.cluster.start_domain(host or "a", VM, private=cls.PRIVATE, memory=cls.MEMORY,
+                                                 cmdline=self.CMDLINE)
+            wait_until(lambda: (self.vm() or {}).get("state") == "RUNNING", "batond to know the domain", 30)
+        elif host and self.host() != host:
+            self.move(host)
+        return cls.guest
+
+    def vm(self):
+        return self.cluster.vm(VM)
+
+    def host(self):
+        """Where both daemons say that it runs."""
+        return wait_until(lambda: self.cluster.runs_at(VM), lambda: f"{VM} to run at one host, it is "
+                          f"{self.cluster.states(VM)}", 30, pause=0.1)
+
+    def ends(self):
+        host = self.host()
+        return host, "b" if host == "a" else "a"
+
+    def migrate(self, to, wait=True, options=()):
+        return self.cluster.migrate(to, vm=VM, wait=wait, options=options)
+
+    def move(self, to, options=()):
+        migration = self.migrate(to, options=options)
+        self.assertEqual((migration["phase"], migration["guest_location"]), ("SUCCEEDED", "DESTINATION"),
+                         summary(migration))
+        self.assert_runs_only(to)
+        return migration
+
+    def lose_guest(self):
+        cls = type(self)
+        cls.guest = None
+        for libvirt in self.cluster.hosts.values():
+            libvirt.virsh("destroy", VM, check=False)
+            libvirt.virsh("undefine", VM, check=False)
+
+    # --- moments of a migration ---
+
+    def begin(self, point, options=()):
+        """Starts a migration and holds it at a moment; returns its name.
+
+        prepared  Baton has checked and prepared both ends, libvirt has not been asked yet
+        precopy   QEMU copies memory, slowly
+        finish    the source's QEMU has sent everything and stands still, the destination's has not been started: its
+                  libvirtd does not answer
+        confirm   the guest runs at the destination, and the source has not heard of it: its shim relays nothing
+        """
+        self.source, self.destination = self.ends()
+        self.held = []
+        if point == "prepared":
+            self.cluster.agents[self.source].set_pause("source-prepared")
+            name = self.migrate(self.destination, wait=False, options=options)["name"]
+            wait_until(lambda: self.cluster.agents[self.source].paused_at("source-prepared"),
+                       lambda: f"pause point source-prepared of {self.describe(name)}", 30)
+            return name
+        name = self.migrate(self.destination, wait=False, options=(*options, *SLOW))["name"]
+        self.wait_precopy(name)
+        if point == "precopy":
+            return name
+        self.hold("libvirtd", self.destination)
+        self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited")
+        self.wait_state(self.source, "paused (migrating)", name)
+        if point == "confirm":
+            self.hold("baton-shim", self.source)
+            self.let_go("libvirtd", self.destination)
+            self.wait_state(self.destination, "running (migrated)", name)
+        return name
+
+    def wait_precopy(self, name):
+        """Until libvirt's job is under way."""
+        libvirt = self.cluster.hosts[self.source]
+
+        def moving():
+            info = libvirt.virsh("domjobinfo", VM, check=False).stdout
+            return "Outgoing migration" in info and "Memory processed" in info
+        wait_until(moving, lambda: f"libvirt's job of {self.describe(name)}", 30, pause=0.05)
+
+    def wait_state(self, host, state, name):
+        libvirt = self.cluster.hosts[host]
+        wait_until(lambda: libvirt.state(VM) == state, lambda: f"{VM} to be {state} at {host}, it is "
+                   f"{libvirt.state(VM)}; {self.describe(name)}", 30, pause=0.02)
+
+    def describe(self, name):
+        return f"the migration {summary(self.cluster.migration(name) or {})}"
+
+    def processes(self, program, host):
+        found = self.cluster.agents[host].find(program)
+        if program == "qemu-system":
+            # libvirt's questions about QEMU's capabilities run QEMUs as well.
+            found = [process for process in found if any(f"guest={VM}," in word for word in process.argv)]
+        return found
+
+    def hold(self, program, host):
+        """Stops the processes of that kind, until let_go() or the end of the test."""
+        found = self.processes(program, host)
+        if not found:
+            raise LabError(f"no {program} on {host}")
+        for process in found:
+            process.kill(signal.SIGSTOP)
+        self.held.append((program, host, found))
+        self.addCleanup(lambda: [process.kill(signal.SIGCONT) for process in found])
+
+    def let_go(self, program=None, host=None):
+        for entry in list(self.held):
+            if program in (None, entry[0]) and host in (None, entry[1]):
+                self.held.remove(entry)
+                for process in entry[2]:
+                    process.kill(signal.SIGCONT)
+
+    def go_on(self, name):
+        """What begin() held goes on."""
+        self.let_go()
+        self.cluster.agents[self.source].release()
+        # Refused where the migration has ended or is beyond pre-copy.
+        self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited", check=False)
+
+    # --- what must be so afterwards ---
+
+    def assert_runs_only(self, host, leftover_definition=False):
+        """One guest, running, at `host`, by both daemons' account and by batond's; nothing of the migration is left."""
+        other = "b" if host == "a" else "a"
+        gone = ("", "shut off") if leftover_definition else ("",)
+
+        def settled():
+            there = self.cluster.hosts[other].state(VM)
+            # "shut off" has its reason behind it.
+            return (there is not None and there.split(" (")[0] in gone and not self.processes("qemu-system", other) and
+                    len(self.processes("qemu-system", host)) == 1 and
+                    (self.cluster.hosts[host].state(VM) or "").startswith("running"))
+        wait_until(settled, lambda: f"{VM} to run at {host} only, it is {self.cluster.states(VM)}", 30, pause=0.1)
+        wait_until(lambda: (self.vm() or {}).get("state") == "RUNNING" and self.cluster.host_of(VM) == host,
+                   lambda: f"{VM} running on {host} by batond's account, which says {self.vm()}", 30, pause=0.1)
+        wait_until(lambda: not self.remains(), lambda: f"nothing of a migration, there is {self.remains()}", 30, pause=0.1)
+        self.guest.wait_writes(20)
+
+    def remains(self):
+        """What migrations have left: shims, and the directories of their sockets."""
+        return [entry for agent in self.cluster.agents.values()
+                for entry in (*agent.shims(), *agent.migration_directories())]
