@@ -32,7 +32,8 @@ absl::StatusOr<const VringRecord*> Complete(const DeviceRecord& record, uint32_t
 bool DeviceRecord::packed() const { return features && (*features & virtio::kFRingPacked); }
 
 bool DeviceRecord::any_started() const {
-  return std::any_of(vrings.begin(), vrings.end(), [](const auto& entry) { return entry.second.started; });
+  // From the end: VMMs stop their rings from the first to the last.
+  return std::any_of(vrings.rbegin(), vrings.rend(), [](const auto& entry) { return entry.second.started; });
 }
 
 absl::StatusOr<virtio::SplitRing> DeviceRecord::Split(uint32_t index) const {

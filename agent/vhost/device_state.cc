@@ -26,11 +26,14 @@ absl::StatusOr<v1::DeviceState> Mediator::Impl::BuildState() {
       r->set_offset(range.offset);
     }
   }
+  std::optional<RamView> ram;
+  const virtio::MemoryView& memory = StopMemory(&ram);
+  out.mutable_vrings()->Reserve(static_cast<int>(record_.vrings.size()));
   for (const auto& [index, vring] : record_.vrings) {
     if (!vring.told || !vring.addr) continue;  // never started
     const std::string where = fmt::format("device {} ring {}", name(), index);
-    if (auto set = stop_.sets.find(index); set != stop_.sets.end()) {
-      RETURN_IF_ERROR(Annotate(AddHandedOff(index, set->second, out.add_vrings()), where));
+    if (stop_.handed_off.contains(index)) {
+      RETURN_IF_ERROR(Annotate(AddHandedOff(memory, index, out.add_vrings()), where));
       out.set_handed_off(true);
       continue;
     }
@@ -75,7 +78,7 @@ absl::StatusOr<v1::DeviceState> Mediator::Impl::BuildState() {
       continue;
     }
     ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
-    ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(record_.memory, ring));
+    ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(memory, ring));
     uint16_t last_avail;
     if (answered) {
       last_avail = static_cast<uint16_t>(*it->second.base);
@@ -108,15 +111,24 @@ absl::StatusOr<v1::DeviceState> Mediator::Impl::BuildState() {
   return out;
 }
 
-absl::Status Mediator::Impl::AddHandedOff(uint32_t index, const virtio::InflightSet& set,
-                                          v1::VringState* v) const {
+const virtio::MemoryView& Mediator::Impl::StopMemory(std::optional<RamView>* ram) const {
+  if (!options_.ram || options_.ram->layout().empty()) return record_.memory;
+  return ram->emplace(*options_.ram);
+}
+
+// The set was checked when it was read (ReadSet), and is ours; the rings are the guest's.
+absl::Status Mediator::Impl::AddHandedOff(const virtio::MemoryView& memory, uint32_t index,
+                                          v1::VringState* v) {
   const VringRecord& vring = record_.vrings.at(index);
-  if (vring.told != ToldBase(set)) return virtio::Mismatch("the VMM was told another base than the device's");
+  MigrationStop::HandedOff& ring_stop = stop_.handed_off.at(index);
+  if (vring.told != ring_stop.told)
+    return virtio::Mismatch("the VMM was told another base than the device's");
+  if (std::exchange(ring_stop.collected, true)) return absl::InternalError("its state was collected before");
+  v->Swap(&ring_stop.state);
   v->set_index(index);
   v->set_size(vring.num);
   v->set_enabled(vring.enabled.value_or(true));
   v->set_raw_base(*vring.told);
-  ToProto(set, v);
   if (record_.packed()) {
     ASSIGN_OR_RETURN(virtio::PackedRing ring, record_.Packed(index));
     v->set_packed(true);
@@ -124,15 +136,19 @@ absl::Status Mediator::Impl::AddHandedOff(uint32_t index, const virtio::Inflight
     v->set_desc_gpa(ring.desc);
     v->set_avail_gpa(ring.driver_event);
     v->set_used_gpa(ring.device_event);
-    return virtio::CheckInflightPacked(ring.size, set);
+    return absl::OkStatus();
   }
   ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
-  ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(record_.memory, ring));
+  ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(memory, ring));
+  if (indices.used != v->used_idx()) {
+    return virtio::Mismatch(
+        fmt::format("used->idx went from {} to {} after the stop", v->used_idx(), indices.used));
+  }
   v->set_avail_idx(indices.avail);
   v->set_desc_gpa(ring.desc);
   v->set_avail_gpa(ring.avail);
   v->set_used_gpa(ring.used);
-  return virtio::CheckInflightSplit(ring.size, indices, set);
+  return virtio::CheckSplitInvariants(ring.size, static_cast<uint16_t>(v->last_avail()), indices);
 }
 
 absl::Status Mediator::Impl::ExpectState(const v1::DeviceState& state) {

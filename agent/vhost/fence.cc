@@ -22,9 +22,7 @@ absl::Status Mediator::Impl::RunFence(const std::string& action) {
 }
 
 absl::Status Mediator::Impl::FenceIfNeeded() {
-  const bool any = std::any_of(stop_.sets.begin(), stop_.sets.end(),
-                               [](const auto& entry) { return !entry.second.empty(); });
-  if (quirks_.confirms_cancel || !any) return absl::OkStatus();
+  if (quirks_.confirms_cancel || stop_.requests() == 0) return absl::OkStatus();
   if (!HasFence()) return absl::FailedPreconditionError("nothing confirms that what was stopped has ended");
   // Also one that failed may have done its work.
   fenced_ = true;

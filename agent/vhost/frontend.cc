@@ -26,8 +26,7 @@ absl::Status Frontend::Send(Request request, uint32_t flags, std::span<const uin
   return sent;
 }
 
-absl::StatusOr<WireMessage> Frontend::Await(Request request, uint32_t sent_size, Deadline deadline) {
-  const std::string name = RequestName(static_cast<uint32_t>(request));
+absl::Status Frontend::AwaitReadable(Request request, Deadline deadline) {
   for (;;) {
     pollfd p[2] = {{connection_.fd(), POLLIN, 0}, {channel_.fd(), POLLIN, 0}};
     Duration left = deadline.Left();
@@ -35,12 +34,20 @@ absl::StatusOr<WireMessage> Frontend::Await(Request request, uint32_t sent_size,
     int n = ::ppoll(p, channel_.valid() ? 2 : 1, &ts, nullptr);
     if (n < 0 && errno != EINTR) return ErrnoError(errno, "poll");
     if (n == 0) {
-      overdue_ = {request, sent_size};
-      return Error(absl::StatusCode::kDeadlineExceeded, "the back-end does not answer {}", name);
+      return Error(absl::StatusCode::kDeadlineExceeded, "the back-end does not answer {}",
+                   RequestName(static_cast<uint32_t>(request)));
     }
     if (n > 0 && channel_.valid() && p[1].revents) ServeChannel();
-    if (n > 0 && p[0].revents) break;
+    if (n > 0 && p[0].revents) return absl::OkStatus();
   }
+}
+
+absl::StatusOr<WireMessage> Frontend::Await(Request request, uint32_t sent_size, Deadline deadline) {
+  if (absl::Status readable = AwaitReadable(request, deadline); !readable.ok()) {
+    if (absl::IsDeadlineExceeded(readable)) overdue_ = {request, sent_size};
+    return readable;
+  }
+  const std::string name = RequestName(static_cast<uint32_t>(request));
   auto reply = connection_.Receive(/*reply=*/true, deadline);
   if (!reply.ok()) {
     if (absl::IsUnavailable(reply.status())) {
@@ -80,28 +87,55 @@ absl::StatusOr<std::vector<uint32_t>> Frontend::GetVringBases(Request request,
   if (overdue_) return absl::InternalError("a request while the answer to another is overdue");
   std::vector<uint32_t> bases;
   bases.reserve(indices.size());
-  if (pipelined) {
-    std::vector<uint8_t> batch;
-    batch.reserve(indices.size() * (sizeof(Header) + sizeof(VringState)));
-    for (uint32_t index : indices) {
-      const Header header{static_cast<uint32_t>(request), kVersion, sizeof(VringState)};
-      const VringState wanted{index, num};
-      batch.insert(batch.end(), Bytes(header).begin(), Bytes(header).end());
-      batch.insert(batch.end(), Bytes(wanted).begin(), Bytes(wanted).end());
-    }
-    if (absl::Status sent = connection_.SendRaw(batch, deadline); !sent.ok())
-      return absl::IsDeadlineExceeded(sent) ? absl::UnavailableError(Message(sent)) : sent;
-  }
-  for (uint32_t index : indices) {
-    const VringState wanted{index, num};
-    if (!pipelined) RETURN_IF_ERROR(Send(request, 0, Bytes(wanted), {}, deadline));
-    ASSIGN_OR_RETURN(WireMessage reply, Await(request, sizeof wanted, deadline));
-    auto state = reply.As<VringState>();
+  auto take = [&](const VringState& state) -> absl::Status {
+    const uint32_t index = indices[bases.size()];
     if (state.index != index) {
       return Error(absl::StatusCode::kInvalidArgument, "reply to {} of ring {} is about ring {}",
                    RequestName(static_cast<uint32_t>(request)), index, state.index);
     }
     bases.push_back(state.num);
+    return absl::OkStatus();
+  };
+  if (!pipelined) {
+    for (uint32_t index : indices) {
+      const VringState wanted{index, num};
+      ASSIGN_OR_RETURN(WireMessage reply, Call(request, Bytes(wanted), {}, deadline));
+      RETURN_IF_ERROR(take(reply.As<VringState>()));
+    }
+    return bases;
+  }
+  struct Pipelined {
+    Header header;
+    VringState state;
+  };
+  static_assert(sizeof(Pipelined) == sizeof(Header) + sizeof(VringState));
+  std::vector<Pipelined> batch(indices.size());
+  for (size_t i = 0; i < batch.size(); ++i)
+    batch[i] = {{static_cast<uint32_t>(request), kVersion, sizeof(VringState)}, {indices[i], num}};
+  const std::span<uint8_t> bytes(reinterpret_cast<uint8_t*>(batch.data()), batch.size() * sizeof(Pipelined));
+  if (absl::Status sent = connection_.SendRaw(bytes, deadline); !sent.ok())
+    return absl::IsDeadlineExceeded(sent) ? absl::UnavailableError(Message(sent)) : sent;
+  // The answers take the requests' place: all of one length, and mostly there at once.
+  WireMessage reply;
+  reply.payload.resize(sizeof(VringState));
+  for (size_t got = 0; bases.size() < batch.size();) {
+    RETURN_IF_ERROR(AwaitReadable(request, deadline));
+    ASSIGN_OR_RETURN(const size_t n, connection_.ReceiveRaw(bytes.subspan(got)));
+    got += n;
+    while (bases.size() < batch.size()) {
+      const size_t begin = bases.size() * sizeof(Pipelined);
+      if (got < begin + sizeof(Header)) break;
+      const Pipelined& answer = batch[bases.size()];
+      // Of another length it would be out of step with those that follow.
+      if (answer.header.size != sizeof(VringState)) {
+        return Error(absl::StatusCode::kInvalidArgument, "reply to {}: {} bytes instead of {}",
+                     RequestName(static_cast<uint32_t>(request)), answer.header.size, sizeof(VringState));
+      }
+      if (got < begin + sizeof(Pipelined)) break;
+      reply.header = answer.header;
+      RETURN_IF_ERROR(ValidateReply(request, reply, sizeof(VringState)));
+      RETURN_IF_ERROR(take(answer.state));
+    }
   }
   return bases;
 }

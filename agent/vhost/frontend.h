@@ -82,6 +82,8 @@ class Frontend {
  private:
   absl::Status Send(Request request, uint32_t flags, std::span<const uint8_t> payload,
                     std::span<const int> fds, Deadline deadline);
+  // Until something comes from the back-end, serving its channel meanwhile. DeadlineExceeded.
+  absl::Status AwaitReadable(Request request, Deadline deadline);
   absl::StatusOr<WireMessage> Await(Request request, uint32_t sent_size, Deadline deadline);
   absl::StatusOr<WireMessage> Call(Request request, std::span<const uint8_t> payload,
                                    std::span<const int> fds, Deadline deadline);

@@ -1,5 +1,9 @@
 #include "agent/vhost/inflight_proto.h"
 
+#include <cstring>
+
+#include "agent/virtio/ring_access.h"
+
 namespace baton::vhost {
 namespace {
 
@@ -14,18 +18,16 @@ void ToProto(const virtio::InflightSet& set, v1::VringState* out) {
   const bool packed = set.format == virtio::RingFormat::kPacked;
   out->set_last_avail(packed ? Encode(set.avail) : set.avail.idx);
   out->set_used_idx(packed ? Encode(set.used) : set.used.idx);
-  for (const virtio::InflightRequest& request : set.requests) {
-    v1::InflightRequest* r = out->add_inflight();
-    r->set_id(request.id);
-    r->set_counter(request.counter);
-    for (const virtio::InflightDesc& desc : set.DescsOf(request)) {
-      v1::PackedDescriptor* d = r->add_descriptors();
-      d->set_addr(desc.addr);
-      d->set_len(desc.len);
-      d->set_id(desc.id);
-      d->set_flags(desc.flags);
-    }
-  }
+  const int size = static_cast<int>(set.size());
+  out->mutable_inflight()->Resize(size, 0);
+  uint32_t* at = out->mutable_inflight()->mutable_data();
+  for (const virtio::InflightRequest& request : set.requests) *at++ = request.id;
+  if (!packed) return;
+  out->mutable_chain_lengths()->Resize(size, 0);
+  at = out->mutable_chain_lengths()->mutable_data();
+  for (const virtio::InflightRequest& request : set.requests) *at++ = request.num;
+  // A set holds its chains in the order of its requests, and its descriptors as they lie in a ring.
+  out->set_descriptors(set.descs.data(), set.descs.size() * sizeof(virtio::InflightDesc));
 }
 
 absl::StatusOr<virtio::InflightSet> FromProto(const v1::VringState& vring) {
@@ -46,27 +48,27 @@ absl::StatusOr<virtio::InflightSet> FromProto(const v1::VringState& vring) {
     return mismatch("the ring has no possible size");
   if (static_cast<uint32_t>(vring.inflight_size()) > vring.size())
     return mismatch(fmt::format("{} requests in a ring of {}", vring.inflight_size(), vring.size()));
-  for (const v1::InflightRequest& r : vring.inflight()) {
-    if (r.id() > 0xffff) return mismatch(fmt::format("id {}", r.id()));
-    if (static_cast<uint32_t>(r.descriptors_size()) > vring.size() ||
-        (!vring.packed() && !r.descriptors().empty())) {
-      return mismatch(fmt::format("{} descriptors of request {}", r.descriptors_size(), r.id()));
-    }
-    virtio::InflightRequest request;
-    request.id = static_cast<uint16_t>(r.id());
-    request.counter = r.counter();
-    request.first = static_cast<uint32_t>(set.descs.size());
-    request.num = static_cast<uint16_t>(r.descriptors_size());
-    if (!vring.packed()) request.first = 0;
-    for (const v1::PackedDescriptor& d : r.descriptors()) {
-      if (d.id() > 0xffff || d.flags() > 0xffff)
-        return mismatch(fmt::format("a descriptor of request {} is none", r.id()));
-      set.descs.push_back(
-          {d.addr(), d.len(), static_cast<uint16_t>(d.id()), static_cast<uint16_t>(d.flags())});
-    }
-    set.requests.push_back(request);
+  if (vring.chain_lengths_size() != (vring.packed() ? vring.inflight_size() : 0))
+    return mismatch(
+        fmt::format("{} chains of {} requests", vring.chain_lengths_size(), vring.inflight_size()));
+  const std::string& bytes = vring.descriptors();
+  const size_t descs = bytes.size() / sizeof(virtio::InflightDesc);
+  if (bytes.size() % sizeof(virtio::InflightDesc) || descs > (vring.packed() ? vring.size() : 0))
+    return mismatch(fmt::format("{} bytes of descriptors in a ring of {}", bytes.size(), vring.size()));
+  set.descs.resize(descs);
+  if (descs > 0) std::memcpy(set.descs.data(), bytes.data(), bytes.size());
+  uint32_t first = 0;
+  for (int i = 0; i < vring.inflight_size(); ++i) {
+    const uint32_t id = vring.inflight(i), num = vring.packed() ? vring.chain_lengths(i) : 0;
+    if (id > 0xffff) return mismatch(fmt::format("id {}", id));
+    if (num > descs - first)
+      return mismatch(fmt::format("request {} has {} descriptors, {} are left", id, num, descs - first));
+    // The list's order is that of fetching.
+    set.requests.push_back(
+        {static_cast<uint16_t>(id), static_cast<uint16_t>(num), first, static_cast<uint64_t>(i) + 1});
+    first += num;
   }
-  RETURN_IF_ERROR(virtio::CheckInflightSet(static_cast<uint16_t>(vring.size()), set));
+  RETURN_IF_ERROR(CheckInflightSet(static_cast<uint16_t>(vring.size()), set));
   return set;
 }
 

@@ -18,11 +18,17 @@ absl::StatusOr<virtio::InflightGeometry> Mediator::Impl::RegionGeometry() const 
 }
 
 // By pread: a back-end that truncates the file must not be able to end this process.
-absl::StatusOr<std::vector<uint8_t>> Mediator::Impl::CopyRegion(uint64_t offset, uint64_t size) const {
-  std::vector<uint8_t> bytes(size);
-  for (size_t done = 0; done < size;) {
-    const ssize_t n = ::pread(record_.inflight.fd.get(), bytes.data() + done, size - done,
-                              static_cast<off_t>(record_.inflight.description.mmap_offset + offset + done));
+absl::Status Mediator::Impl::CopyPart(const virtio::InflightGeometry& geometry, uint32_t index,
+                                      std::vector<uint8_t>* part) const {
+  if (index >= geometry.num_queues) {
+    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+                 "ring {} is not in the in-flight region", index);
+  }
+  part->resize(geometry.stride);
+  const uint64_t at = geometry.mmap_offset + geometry.stride * index;
+  for (size_t done = 0; done < part->size();) {
+    const ssize_t n = ::pread(record_.inflight.fd.get(), part->data() + done, part->size() - done,
+                              static_cast<off_t>(at + done));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) return ErrnoError(errno, "reading the in-flight region");
     if (n == 0) {
@@ -31,31 +37,27 @@ absl::StatusOr<std::vector<uint8_t>> Mediator::Impl::CopyRegion(uint64_t offset,
     }
     done += static_cast<size_t>(n);
   }
-  return bytes;
+  return absl::OkStatus();
 }
 
-absl::StatusOr<virtio::InflightSet> Mediator::Impl::ReadSet(std::span<const uint8_t> part, uint32_t index,
-                                                            std::optional<uint32_t> base) const {
+absl::StatusOr<virtio::InflightSet> Mediator::Impl::ReadSet(const virtio::MemoryView& memory,
+                                                            std::span<const uint8_t> part, uint32_t index,
+                                                            uint32_t base) const {
   const virtio::InflightTraits& traits = virtio::TraitsOf(quirks_.inflight);
   if (record_.packed()) {
     ASSIGN_OR_RETURN(virtio::PackedRing ring, record_.Packed(index));
-    ASSIGN_OR_RETURN(virtio::InflightSet set, virtio::ReadInflightPacked(part, record_.memory, ring));
-    if (base) {
-      RETURN_IF_ERROR(virtio::NormaliseBase(*base, traits.packed_base_is_16_bit, ring.size, set).status());
-    }
-    RETURN_IF_ERROR(virtio::CheckInflightPacked(ring.size, set));
+    ASSIGN_OR_RETURN(virtio::InflightSet set, virtio::ReadInflightPacked(part, memory, ring));
+    RETURN_IF_ERROR(virtio::NormaliseBase(base, traits.packed_base_is_16_bit, ring.size, set).status());
     return set;
   }
   ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
-  ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(record_.memory, ring));
+  ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(memory, ring));
   ASSIGN_OR_RETURN(virtio::InflightSet set,
                    virtio::ReadInflightSplit(
                        part, ring.size, indices.used,
                        traits.single_completions ? virtio::BatchRule::kSingle : virtio::BatchRule::kLinked));
-  if (base) {
-    RETURN_IF_ERROR(virtio::NormaliseBase(*base, indices.used, static_cast<uint16_t>(set.size())).status());
-  }
-  RETURN_IF_ERROR(virtio::CheckInflightSplit(ring.size, indices, set));
+  RETURN_IF_ERROR(virtio::NormaliseBase(base, indices.used, static_cast<uint16_t>(set.size())).status());
+  RETURN_IF_ERROR(virtio::CheckSplitInvariants(ring.size, set.last_avail(), indices));
   return set;
 }
 

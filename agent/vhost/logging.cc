@@ -105,6 +105,21 @@ void Mediator::Impl::MarkDirty(uint64_t gpa, uint64_t size) {
   SetRange(carry_, gpa, size);
 }
 
+// What a read had brought when it was given up is in memory, but in no log: a back-end logs what it
+// completes.
+void Mediator::Impl::MarkBuffersDirty(const std::vector<virtio::GuestSpan>& buffers, uint64_t* total) {
+  const uint64_t last = record_.memory.last_gpa();
+  // A guest that names all of its memory again and again gets it marked once.
+  if (!logging_ || *total > last) return;
+  std::lock_guard lock(log_mutex_);
+  for (const virtio::GuestSpan& buffer : buffers) {
+    if (buffer.size == 0 || buffer.gpa > last || buffer.size - 1 > last - buffer.gpa) continue;
+    *total += buffer.size;
+    if (*total > last) return SetRange(carry_, 0, last + 1);
+    SetRange(carry_, buffer.gpa, buffer.size);
+  }
+}
+
 void Mediator::Impl::MarkRingDirty(uint32_t index) {
   // Not every write to a ring is logged (libvhost-user does not log avail_event, DPDK not the event area of a
   // packed ring), and a page more costs nothing.

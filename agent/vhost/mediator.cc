@@ -19,6 +19,9 @@
 namespace baton::vhost {
 
 namespace {
+// A VMM that stops its rings sends the next request within this time of the answer to the last.
+constexpr auto kVmmPause = std::chrono::milliseconds(5);
+
 // `timeout` of a poll (-1: none), or the time until `when` if that is sooner.
 int Sooner(int timeout, Clock::time_point when) {
   const int until = Deadline::At(when).PollTimeoutMs();
@@ -116,16 +119,20 @@ void Mediator::Impl::Loop() {
     }
     if (!held_rings_.empty()) timeout = Sooner(timeout, held_until_);
     if (announce_mac_) timeout = Sooner(timeout, announce_at_);
-    HandleEvents(timeout);
+    if (untold_) timeout = Sooner(timeout, Clock::now() + kVmmPause);
+    const bool active = HandleEvents(timeout);
     if (!held_rings_.empty() && Ready()) {
       if (absl::Status released = ReleaseHeldRings(false); !released.ok()) LoseBackend(released);
     }
     if (announce_mac_ && Clock::now() >= announce_at_) AnnounceNow();
-    Publish();
+    // Nobody waits for anything but the last ring of a stop, and what is told grows with the rings: in
+    // between it is told only when the VMM pauses.
+    untold_ = active && StopUnderWay();
+    if (!untold_) Publish();
   }
 }
 
-void Mediator::Impl::HandleEvents(int timeout_ms) {
+bool Mediator::Impl::HandleEvents(int timeout_ms) {
   enum { kWake, kListen, kVmm, kBackend, kChannel, kInotify, kErrors, kCount };
   const bool down = link_.state == LinkState::kDown;
   pollfd p[kCount] = {
@@ -139,13 +146,13 @@ void Mediator::Impl::HandleEvents(int timeout_ms) {
   };
   int n = ::poll(p, kCount, timeout_ms);
   wakeups_.fetch_add(1, std::memory_order_relaxed);
-  if (n < 0) return;
+  if (n < 0) return false;
   if (p[kWake].revents) {
     uint64_t count;
     if (::read(wake_.get(), &count, sizeof count) < 0) LOG_DEBUG("device {}: spurious wake-up", name());
     RunPosted();
     TellOfConfigChange();  // Announce makes one
-    return;                // descriptors may have changed
+    return true;           // descriptors may have changed
   }
   if (p[kErrors].revents) OnErrors();
   if (p[kChannel].revents) link_.frontend->ServeChannel();
@@ -177,6 +184,7 @@ void Mediator::Impl::HandleEvents(int timeout_ms) {
   TellOfConfigChange();
   if (p[kListen].revents) AcceptVmm();
   if (p[kVmm].revents && vmm_.valid()) ServeVmm();
+  return n > 0;
 }
 
 void Mediator::Impl::TellOfConfigChange() {
@@ -283,10 +291,8 @@ void Mediator::Impl::Publish() {
     published_expected_ = expected_result_;
     published_vmm_ = vmm_.valid();
     if (stop_began_ && stop_ended_) stop_duration_ = *stop_ended_ - *stop_began_;
-    stop_told_.set_handed_off(0);
-    for (const auto& [index, set] : stop_.sets)
-      stop_told_.set_handed_off(stop_told_.handed_off() + static_cast<uint32_t>(set.size()));
-    stop_told_.set_answer(stop_.sets.empty() ? v1::DRAIN : v1::HANDOFF);
+    stop_told_.set_handed_off(stop_.requests());
+    stop_told_.set_answer(stop_.handed_off.empty() ? v1::DRAIN : v1::HANDOFF);
     stop_told_.set_why(stop_.drain_reason);
     ++change_count_;
   }

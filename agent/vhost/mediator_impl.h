@@ -31,6 +31,7 @@
 #include "agent/vhost/frontend.h"
 #include "agent/vhost/mediator.h"
 #include "agent/vhost/quirks.h"
+#include "agent/vhost/ram_view.h"
 #include "agent/virtio/blk_in_flight.h"
 #include "agent/virtio/inflight.h"
 #include "agent/virtio/split_ring.h"
@@ -121,7 +122,10 @@ class Mediator::Impl {
  private:
   // --- mediator.cc: thread and events ---
   void Loop();
-  void HandleEvents(int timeout_ms);
+  // False: nothing happened until the timeout.
+  bool HandleEvents(int timeout_ms);
+  // The VMM stops its rings for a migration, one after the other.
+  bool StopUnderWay() const { return stop_.begun && record_.any_started() && Armed(); }
   void RunPosted();
   // Runs `work` on the mediator's thread and waits for it. DeadlineExceeded: it may still run later.
   absl::Status Run(std::function<absl::Status()> work, Deadline deadline);
@@ -223,10 +227,12 @@ class Mediator::Impl {
 
   // --- inflight_sets.cc ---
   absl::StatusOr<virtio::InflightGeometry> RegionGeometry() const;
-  absl::StatusOr<std::vector<uint8_t>> CopyRegion(uint64_t offset, uint64_t size) const;
+  // Copies one queue's part.
+  absl::Status CopyPart(const virtio::InflightGeometry& geometry, uint32_t index,
+                        std::vector<uint8_t>* part) const;
   // What one queue's part says, checked against the ring, and against the back-end's answer to its stop.
-  absl::StatusOr<virtio::InflightSet> ReadSet(std::span<const uint8_t> part, uint32_t index,
-                                              std::optional<uint32_t> base) const;
+  absl::StatusOr<virtio::InflightSet> ReadSet(const virtio::MemoryView& memory, std::span<const uint8_t> part,
+                                              uint32_t index, uint32_t base) const;
 
   // --- suspend.cc, fence.cc: the stop of a migration ---
   // With the first queue that the VMM stops. Suspends, or drains as far as that can be done for all at once.
@@ -240,7 +246,6 @@ class Mediator::Impl {
   absl::Status LiftSuspend();
   // Stops all without completing; an error says why that may not be, and then they run again.
   absl::Status SuspendRings();
-  void MarkBuffersDirty(const std::vector<virtio::GuestSpan>& buffers);
   absl::Status JudgeSets(const std::vector<uint32_t>& rings, const std::vector<uint32_t>& bases);
   void ResumeSuspended(const std::vector<uint32_t>& rings);
   // The base as the VMM is told it: the next request to fetch.
@@ -323,10 +328,15 @@ class Mediator::Impl {
   absl::Status EnsureLog();
   absl::Status ApplyLogging(bool on);
   void MarkDirty(uint64_t gpa, uint64_t size);
+  // `total`: bytes marked so far in this stop.
+  void MarkBuffersDirty(const std::vector<virtio::GuestSpan>& buffers, uint64_t* total);
   void MarkRingDirty(uint32_t index);
   absl::StatusOr<v1::DeviceState> BuildState();
-  // A ring whose requests in flight go over.
-  absl::Status AddHandedOff(uint32_t index, const virtio::InflightSet& set, v1::VringState* v) const;
+  // A ring whose requests in flight go over: the rest of what is to be said of it.
+  absl::Status AddHandedOff(const virtio::MemoryView& memory, uint32_t index, v1::VringState* v);
+  // Guest memory for the many small reads of a stop: what is mapped already needs no system call for each.
+  // `ram` is where a view of it may be put.
+  const virtio::MemoryView& StopMemory(std::optional<RamView>* ram) const;
   void CompareWithExpected(uint32_t index, uint32_t base);
   // Begins the stop if `begin`, and says until when it may last.
   Deadline StopDeadline(bool begin);
@@ -367,6 +377,7 @@ class Mediator::Impl {
   std::map<uint32_t, UniqueFd> error_fds_;  // by ring
   Clock::time_point errors_muted_until_{};
   std::string message_;
+  bool untold_ = false;  // something happened in a stop, and Publish waits for its end
   Duration backoff_{};
   Clock::time_point retry_at_{};
   bool logging_ = false;
@@ -375,8 +386,20 @@ class Mediator::Impl {
   struct MigrationStop {
     bool begun = false;
     std::string drain_reason;  // why it drains although handoff was asked for
-    // By ring, what goes over. Empty with drain.
-    std::map<uint32_t, virtio::InflightSet> sets;
+    // A ring whose requests go over.
+    struct HandedOff {
+      uint32_t told = 0;  // to the VMM, as the ring's base
+      size_t requests = 0;
+      v1::VringState state;  // as far as the set tells; CollectState takes it, once
+      bool collected = false;
+    };
+    // By ring. Empty with drain.
+    std::map<uint32_t, HandedOff> handed_off;
+    uint32_t requests() const {
+      size_t sum = 0;
+      for (const auto& [index, ring] : handed_off) sum += ring.requests;
+      return static_cast<uint32_t>(sum);
+    }
   };
   MigrationStop stop_;
   bool fenced_ = false;

@@ -38,7 +38,8 @@ bool Mediator::Impl::AwaitAllUsed(uint32_t index, Deadline deadline) {
 }
 
 uint32_t Mediator::Impl::StopVring(uint32_t index) {
-  if (auto set = stop_.sets.find(index); Armed() && set != stop_.sets.end()) return ToldBase(set->second);
+  if (auto ring = stop_.handed_off.find(index); Armed() && ring != stop_.handed_off.end())
+    return ring->second.told;
   // By value: losing the back-end empties the map.
   if (!link_.vrings[index].running) return link_.vrings[index].base.value_or(UsedIndex(index));
   if (!Ready()) {

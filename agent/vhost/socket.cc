@@ -124,6 +124,21 @@ absl::Status Connection::ReadFull(uint8_t* out, size_t size, std::vector<UniqueF
   return absl::OkStatus();
 }
 
+absl::StatusOr<size_t> Connection::ReceiveRaw(std::span<uint8_t> out) {
+  iovec iov{out.data(), out.size()};
+  msghdr msg{};
+  msg.msg_iov = &iov;
+  msg.msg_iovlen = 1;
+  // No room for descriptors: the kernel closes them, and says so.
+  const ssize_t n = ::recvmsg(fd_.get(), &msg, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+  if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)) return 0;
+  if (n < 0) return ErrnoError(errno, "receiving");
+  if (msg.msg_flags & MSG_CTRUNC)
+    return absl::InvalidArgumentError("descriptors came with an answer without any");
+  if (n == 0 && !out.empty()) return absl::UnavailableError("closed");
+  return static_cast<size_t>(n);
+}
+
 absl::StatusOr<WireMessage> Connection::Receive(bool reply, Deadline deadline) {
   WireMessage message;
   RETURN_IF_ERROR(

@@ -36,6 +36,9 @@ class Connection {
   // The next message; `reply` says which flags a header must have. Unavailable "closed": the peer hung up
   // between messages. DataLoss: it hung up within one. InvalidArgument: malformed header. DeadlineExceeded.
   absl::StatusOr<WireMessage> Receive(bool reply, Deadline deadline);
+  // What has come, at most out.size() bytes, without waiting: 0 if nothing. For answers of known length that
+  // carry no descriptors; ones that do are an error.
+  absl::StatusOr<size_t> ReceiveRaw(std::span<uint8_t> out);
 
  private:
   absl::Status SendBytes(std::span<const uint8_t> bytes, std::span<const int> fds, const std::string& what,

@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "agent/vhost/inflight_answer.h"
+#include "agent/vhost/inflight_proto.h"
 #include "agent/vhost/mediator_impl.h"
-#include "agent/vhost/ram_view.h"
 #include "agent/virtio/blk_in_flight.h"
 #include "agent/virtio/features.h"
 #include "agent/virtio/handoff.h"
@@ -41,7 +41,7 @@ bool AnyOverlap(const std::vector<virtio::BlkRequest>& requests) {
 
 void Mediator::Impl::StopAllRings() {
   stop_.drain_reason.clear();
-  stop_.sets.clear();
+  stop_.handed_off.clear();
   if (!Ready()) return;
   (void)StopDeadline(/*begin=*/true);
   if (HandoffWanted()) {
@@ -50,7 +50,7 @@ void Mediator::Impl::StopAllRings() {
       LOG_INFO("device {}: drains instead of handing over what is in flight: {}", name(), stop_.drain_reason);
     }
   }
-  if (!Ready() || !stop_.sets.empty()) return;
+  if (!Ready() || !stop_.handed_off.empty()) return;
   if (SuspendsByStatus()) SuspendByStatus(StopDeadline(false));
   if (Ready()) DrainRings();
 }
@@ -124,7 +124,7 @@ absl::Status Mediator::Impl::SuspendRings() {
   absl::Status judged = JudgeSets(rings, *bases);
   if (judged.ok()) judged = FenceIfNeeded();
   if (judged.ok()) return absl::OkStatus();
-  stop_.sets.clear();
+  stop_.handed_off.clear();
   ResumeSuspended(rings);
   return judged;
 }
@@ -132,11 +132,8 @@ absl::Status Mediator::Impl::SuspendRings() {
 absl::Status Mediator::Impl::JudgeSets(const std::vector<uint32_t>& rings,
                                        const std::vector<uint32_t>& bases) {
   ASSIGN_OR_RETURN(virtio::InflightGeometry geometry, RegionGeometry());
-  ASSIGN_OR_RETURN(std::vector<uint8_t> region, CopyRegion(0, geometry.mmap_size));
-  // What is mapped already is read without a system call a piece.
   std::optional<RamView> ram;
-  if (options_.ram && !options_.ram->layout().empty()) ram.emplace(*options_.ram);
-  const virtio::MemoryView& memory = ram ? static_cast<const virtio::MemoryView&>(*ram) : record_.memory;
+  const virtio::MemoryView& memory = StopMemory(&ram);
   virtio::HandoffQuestion question;
   question.wanted = virtio::InflightAnswer::kHandoff;
   question.suspends = question.exact = true;
@@ -144,19 +141,32 @@ absl::Status Mediator::Impl::JudgeSets(const std::vector<uint32_t>& rings,
   question.fenced = HasFence();  // asked last, and only if something is in flight
   const bool order_kept = OrderKept();
   std::vector<virtio::BlkRequest> requests;
+  // One queue at a time through the same buffers: fresh memory costs more than what is done with it.
+  std::vector<uint8_t> part;
   std::vector<virtio::GuestSpan> buffers;
+  uint64_t marked = 0;
   for (size_t i = 0; i < rings.size(); ++i) {
     const uint32_t index = rings[i];
-    ASSIGN_OR_RETURN(auto part, virtio::InflightPart(geometry, region, static_cast<uint16_t>(index)));
-    auto set = ReadSet(part, index, bases[i]);
+    RETURN_IF_ERROR(CopyPart(geometry, index, &part));
+    auto set = ReadSet(memory, part, index, bases[i]);
     if (!set.ok()) return Annotate(set.status(), fmt::format("ring {}", index));
     const uint64_t desc = record_.packed() ? record_.Packed(index)->desc : record_.Split(index)->desc;
     const auto n = static_cast<uint16_t>(record_.vrings[index].num);
-    for (virtio::BlkRequest& request : virtio::ReadBlkRequests(memory, desc, n, *set, &buffers)) {
-      question.classes.Add(request.cls);
-      if (!order_kept) requests.push_back(std::move(request));
+    if (order_kept) {
+      question.classes |= virtio::ReadClasses(memory, desc, n, *set, v1::BLK, &buffers);
+    } else {
+      for (virtio::BlkRequest& request : virtio::ReadBlkRequests(memory, desc, n, *set, &buffers)) {
+        question.classes.Add(request.cls);
+        requests.push_back(std::move(request));
+      }
     }
-    stop_.sets.emplace(index, std::move(*set));
+    MarkBuffersDirty(buffers, &marked);
+    buffers.clear();
+    // At once, as long as it is in the cache.
+    MigrationStop::HandedOff& ring = stop_.handed_off[index];
+    ring.told = ToldBase(*set);
+    ring.requests = set->size();
+    ToProto(*set, &ring.state);
   }
   const virtio::HandoffDecision decision = virtio::DecideHandoff(question);
   if (decision.verdict != virtio::HandoffVerdict::kHandoff) {
@@ -168,22 +178,7 @@ absl::Status Mediator::Impl::JudgeSets(const std::vector<uint32_t>& rings,
   if (AnyOverlap(requests)) {
     return Unsafe("requests in flight overlap, and not both back-ends are known to submit them in order");
   }
-  MarkBuffersDirty(buffers);
   return absl::OkStatus();
-}
-
-// What a read had brought when it was given up is in memory, but in no log: a back-end logs what it
-// completes.
-void Mediator::Impl::MarkBuffersDirty(const std::vector<virtio::GuestSpan>& buffers) {
-  const uint64_t last = record_.memory.last_gpa();
-  uint64_t total = 0;
-  for (const virtio::GuestSpan& buffer : buffers) {
-    if (buffer.size == 0 || buffer.gpa > last || buffer.size - 1 > last - buffer.gpa) continue;
-    // A guest that names all of its memory again and again gets it marked once.
-    total += buffer.size;
-    if (total > last) return MarkDirty(0, last + 1);
-    MarkDirty(buffer.gpa, buffer.size);
-  }
 }
 
 uint32_t Mediator::Impl::ToldBase(const virtio::InflightSet& set) const {

@@ -120,12 +120,12 @@ absl::StatusOr<SwapResult> Mediator::Impl::SwapNow(const SwapOptions& wanted,
   const bool hand_over = was_ready && wanted.inflight == v1::HANDOFF;
   const std::vector<uint32_t> suspended = hand_over ? RunningRings() : std::vector<uint32_t>();
   if (hand_over) {
-    stop_.sets.clear();
+    stop_.handed_off.clear();
     // What it says is in flight is in the region, which goes on to the new one.
     if (absl::Status stopped = SuspendRings(); !stopped.ok())
       return Annotate(WithReason(stopped, v1::INFLIGHT_UNKNOWN), fmt::format("device {}", name()));
-    for (const auto& [index, set] : stop_.sets) result.handed_off += static_cast<uint32_t>(set.size());
-    stop_.sets.clear();
+    result.handed_off += stop_.requests();
+    stop_.handed_off.clear();
     for (uint32_t index : suspended) Memorize(index);
   } else if (was_ready) {
     absl::Status stopped = StopForSwap(Deadline::After(wanted.drain_bound));

@@ -1,6 +1,8 @@
 #include "agent/virtio/blk_in_flight.h"
 
 #include <algorithm>
+#include <array>
+#include <memory>
 
 #include "agent/virtio/chain.h"
 #include "agent/virtio/ring_access.h"
@@ -11,24 +13,37 @@ namespace {
 // Gathers one request's first bytes and lengths, reusing its buffers for the next.
 class BlkReader {
  public:
-  BlkReader(const MemoryView& memory, uint64_t desc, uint16_t n, std::vector<GuestSpan>* buffers = nullptr)
+  BlkReader(const MemoryView& memory, uint64_t desc, uint16_t n, std::vector<GuestSpan>* buffers)
       : memory_(memory), desc_(desc), n_(n), buffers_(buffers) {}
 
+  // Before the first request. A split ring's table is copied whole: one read instead of one a descriptor.
+  void Begin(const InflightSet& set) {
+    if (set.format != RingFormat::kSplit || set.empty()) return;
+    ring_table_ = std::make_unique_for_overwrite<SplitDesc[]>(n_);
+    if (!memory_.Read(desc_, ring_table_.get(), sizeof(SplitDesc) * n_).ok()) ring_table_.reset();
+  }
+
   BlkRequest Read(const InflightSet& set, const InflightRequest& request) {
-    head_.clear();
-    readable_ = writable_ = 0;
-    count_ = 0;
-    const bool ok =
-        set.format == RingFormat::kSplit ? WalkSplit(request.id) : WalkPacked(set.DescsOf(request));
-    return ok ? ClassifyBlk(head_, readable_, writable_) : BlkRequest();
+    return Walk(set, request) ? ClassifyBlk({head_.data(), head_size_}, readable_, writable_) : BlkRequest();
+  }
+
+  RequestClass ReadClass(const InflightSet& set, const InflightRequest& request) {
+    return Walk(set, request) && head_size_ >= kBlkHeaderBytes ? BlkClassOf(Type())
+                                                               : RequestClass::kNotIdempotent;
   }
 
  private:
+  bool Walk(const InflightSet& set, const InflightRequest& request) {
+    head_size_ = 0;
+    readable_ = writable_ = 0;
+    count_ = 0;
+    return set.format == RingFormat::kSplit ? WalkSplit(request.id) : WalkPacked(set.DescsOf(request));
+  }
+
   bool WalkSplit(uint16_t head) {
     uint16_t index = head;
-    for (uint32_t steps = 0; steps < n_ && index < n_; ++steps) {
-      SplitDesc d;
-      if (!memory_.Read(desc_ + uint64_t{16} * index, &d, sizeof d).ok()) return false;
+    for (uint32_t steps = 0; ring_table_ && steps < n_ && index < n_; ++steps) {
+      const SplitDesc& d = ring_table_[index];
       if (d.flags & kDescIndirect) {
         return !(d.flags & kDescNext) && ReadTable(d.addr, d.len, &split_table_) && WalkSplitTable();
       }
@@ -86,26 +101,31 @@ class BlkReader {
   // The first 16 bytes always; more only of the types that have segments.
   bool Gather(uint64_t addr, uint32_t len) {
     if (len == 0) return true;
-    if (head_.size() < kBlkHeaderBytes) {
-      const auto part = static_cast<uint32_t>(std::min<uint64_t>(len, kBlkHeaderBytes - head_.size()));
+    if (head_size_ < kBlkHeaderBytes) {
+      const auto part = static_cast<uint32_t>(std::min<uint64_t>(len, kBlkHeaderBytes - head_size_));
       if (!Append(addr, part)) return false;
       addr += part;
       len -= part;
     }
-    if (len == 0 || head_.size() < kBlkHeaderBytes || !HasSegments()) return true;
-    if (head_.size() >= kBlkHeadBytes) return true;
-    return Append(addr, static_cast<uint32_t>(std::min<uint64_t>(len, kBlkHeadBytes - head_.size())));
+    if (len == 0 || head_size_ < kBlkHeaderBytes || !HasSegments()) return true;
+    if (head_size_ >= kBlkHeadBytes) return true;
+    return Append(addr, static_cast<uint32_t>(std::min<uint64_t>(len, kBlkHeadBytes - head_size_)));
   }
 
   bool Append(uint64_t addr, uint32_t len) {
-    const size_t at = head_.size();
-    head_.resize(at + len);
-    return memory_.Read(addr, head_.data() + at, len).ok();
+    if (!memory_.Read(addr, head_.data() + head_size_, len).ok()) return false;
+    head_size_ += len;
+    return true;
+  }
+
+  uint32_t Type() const {
+    uint32_t type;
+    std::memcpy(&type, head_.data(), sizeof type);
+    return type;
   }
 
   bool HasSegments() const {
-    uint32_t type;
-    std::memcpy(&type, head_.data(), sizeof type);
+    const uint32_t type = Type();
     return type == kBlkDiscard || type == kBlkWriteZeroes || type == kBlkSecureErase;
   }
 
@@ -113,9 +133,11 @@ class BlkReader {
   const uint64_t desc_;
   const uint16_t n_;
   std::vector<GuestSpan>* const buffers_;
-  std::vector<uint8_t> head_;
+  std::array<uint8_t, kBlkHeadBytes> head_;
+  size_t head_size_ = 0;
   uint64_t readable_ = 0, writable_ = 0;
   uint32_t count_ = 0;
+  std::unique_ptr<SplitDesc[]> ring_table_;
   std::vector<SplitDesc> split_table_;
   std::vector<PackedDesc> packed_table_;
 };
@@ -127,16 +149,18 @@ std::vector<BlkRequest> ReadBlkRequests(const MemoryView& memory, uint64_t desc,
   std::vector<BlkRequest> out;
   out.reserve(set.size());
   BlkReader reader(memory, desc, n, buffers);
+  reader.Begin(set);
   for (const InflightRequest& request : set.requests) out.push_back(reader.Read(set, request));
   return out;
 }
 
 ClassesPresent ReadClasses(const MemoryView& memory, uint64_t desc, uint16_t n, const InflightSet& set,
-                           v1::DeviceClass device_class) {
+                           v1::DeviceClass device_class, std::vector<GuestSpan>* buffers) {
   if (device_class != v1::BLK) return ClassesOf(device_class, set.size());
   ClassesPresent out;
-  BlkReader reader(memory, desc, n);
-  for (const InflightRequest& request : set.requests) out.Add(reader.Read(set, request).cls);
+  BlkReader reader(memory, desc, n, buffers);
+  reader.Begin(set);
+  for (const InflightRequest& request : set.requests) out.Add(reader.ReadClass(set, request));
   return out;
 }
 

@@ -27,8 +27,9 @@ struct GuestSpan {
 std::vector<BlkRequest> ReadBlkRequests(const MemoryView& memory, uint64_t desc, uint16_t n,
                                         const InflightSet& set, std::vector<GuestSpan>* buffers = nullptr);
 
-// The classes of the set's requests. Of a disk they are read from memory, of other devices ClassesOf.
+// The classes of the set's requests, without the rest of what ReadBlkRequests finds. Of a disk they are read
+// from memory, of other devices ClassesOf.
 ClassesPresent ReadClasses(const MemoryView& memory, uint64_t desc, uint16_t n, const InflightSet& set,
-                           v1::DeviceClass device_class);
+                           v1::DeviceClass device_class, std::vector<GuestSpan>* buffers = nullptr);
 
 }  // namespace baton::virtio

@@ -64,6 +64,8 @@ struct InflightSet {
   }
   // Heads or buffer ids, oldest first.
   std::vector<uint16_t> Ids() const;
+  // A head or buffer id is there twice.
+  bool HasDuplicates() const;
   // Descriptors in flight (split: requests).
   uint32_t slots() const;
   friend bool operator==(const InflightSet&, const InflightSet&) = default;
@@ -71,12 +73,14 @@ struct InflightSet {
 
 // --- From a region ---
 
-// What an analysed part says, as a set.
+// What an analysed part says, as a set in the form that CheckInflightSet wants, but that a packed set may
+// have an id twice.
 InflightSet SetOf(const SplitPartState& state, uint16_t used_idx);
 InflightSet SetOf(const PackedPartState& state, uint16_t ring_size);
 
-// `part`: a copy of one queue's part; `ring_size`: entries of the ring; `used_idx`: used->idx in guest
-// memory. A part with version 0 gives an empty set. INFLIGHT_UNKNOWN when any field contradicts another.
+// `part`: a copy of one queue's part, aligned to 8; `ring_size`: entries of the ring; `used_idx`: used->idx
+// in guest memory. A part with version 0 gives an empty set. INFLIGHT_UNKNOWN when any field contradicts
+// another.
 absl::StatusOr<InflightSet> ReadInflightSplit(std::span<const uint8_t> part, uint16_t ring_size,
                                               uint16_t used_idx, BatchRule rule = BatchRule::kLinked);
 
@@ -128,8 +132,9 @@ absl::Status WriteInflight(std::span<uint8_t> part, uint16_t desc_num, const Inf
 // other.
 absl::StatusOr<uint16_t> NormaliseBase(uint32_t base, uint16_t used_idx, uint16_t in_flight);
 
-// The same for a packed ring of n entries: `set` as read from the region. The used half of the answer must be
-// the region's used position, unless `only_16_bits`, where it is taken from the region. STATE_MISMATCH.
+// The same for a packed ring of n entries: `set` as read from the region, of which CheckPackedPositions is
+// asked here. The used half of the answer must be the region's used position, unless `only_16_bits`, where it
+// is taken from the region. STATE_MISMATCH.
 absl::StatusOr<PackedBase> NormaliseBase(uint32_t base, bool only_16_bits, uint16_t n,
                                          const InflightSet& set);
 
@@ -148,8 +153,9 @@ absl::StatusOr<uint32_t> BaseFor(InflightKind kind, uint16_t n, const InflightSe
 // `set.used` must be the `used` of `indices`. STATE_MISMATCH names what broke.
 absl::Status CheckInflightSplit(uint16_t n, SplitIndices indices, const InflightSet& set);
 
-// Distance from used to avail position is the sum of the chains' lengths and at most n; chains as CheckSet;
-// ids unique.
+// Distance from used to avail position is the sum of the chains' lengths and at most n.
+absl::Status CheckPackedPositions(uint16_t n, const InflightSet& set);
+// And the set's own form.
 absl::Status CheckInflightPacked(uint16_t n, const InflightSet& set);
 
 // The set's own form: counters ascending, ids unique, chains within `descs`, last descriptor carries the id,

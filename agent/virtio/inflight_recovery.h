@@ -1,6 +1,6 @@
 // What the header and entries of one queue's in-flight part say together with the ring, after every check:
 // shared by the readers (ReadInflightSplit, ReadInflightPacked) and the tracker that goes on writing the same
-// part. The part is copied once; nothing of it is read again.
+// part. They want a copy of the part, taken once: of the part itself nothing is read again.
 #pragma once
 
 #include <cstdint>
@@ -26,16 +26,17 @@ struct SplitPartState {
   // 0 when nobody has begun to use the part (also with a version of 1).
   uint16_t desc_num = 0;
   uint16_t last_batch_head = 0;
-  // Copies of all entries; `inflight` as it is after the repair.
-  std::vector<InflightSplitDesc> desc;
+  // All entries, in the copy that was analysed and as they are there: repaired ones still have their flag.
+  std::span<const InflightSplitDesc> desc;
   // Entries whose flag was set although the guest had seen the completion.
   std::vector<uint16_t> repaired;
   // Heads in flight, oldest first.
   std::vector<uint16_t> heads;
 };
 
-// INFLIGHT_UNKNOWN when any field contradicts another, or the ring.
-absl::StatusOr<SplitPartState> AnalyseSplitPart(std::span<const uint8_t> part, uint16_t ring_size,
+// `copy` must stay as it is and as long as the state is used, and be aligned to 8. INFLIGHT_UNKNOWN when any
+// field contradicts another, or the ring.
+absl::StatusOr<SplitPartState> AnalyseSplitPart(std::span<const uint8_t> copy, uint16_t ring_size,
                                                 uint16_t used_idx, BatchRule rule);
 
 struct PackedPartState {
@@ -46,8 +47,8 @@ struct PackedPartState {
   bool commit = false;
   uint16_t free_head = 0;
   PackedPosition used;
-  // Copies of all entries; `inflight` as it is after the repair.
-  std::vector<InflightPackedDesc> desc;
+  // All entries, in the copy that was analysed and as they are there: repaired ones still have their flag.
+  std::span<const InflightPackedDesc> desc;
   // Entries on the free list whose flag was still set.
   std::vector<uint16_t> repaired;
   // Head entries in flight, oldest first.
@@ -56,13 +57,11 @@ struct PackedPartState {
   uint16_t free_entries = 0;
 };
 
-// INFLIGHT_UNKNOWN when any field contradicts another, or the ring.
-absl::StatusOr<PackedPartState> AnalysePackedPart(std::span<const uint8_t> part, const MemoryView& memory,
+// As AnalyseSplitPart.
+absl::StatusOr<PackedPartState> AnalysePackedPart(std::span<const uint8_t> copy, const MemoryView& memory,
                                                   const PackedRing& ring);
 
-// A part as InitInflightPacked leaves it, and that state as AnalysePackedPart would give it.
-// FormatPackedEntries writes only the entries: all free, linked in order.
+// Writes the entries of a part that nobody has used yet: all free, linked in order.
 absl::Status FormatPackedEntries(std::span<uint8_t> part, uint16_t desc_num);
-PackedPartState FreshPackedState(uint16_t desc_num, PackedPosition used);
 
 }  // namespace baton::virtio

@@ -203,7 +203,8 @@ void InflightTracker<Hook>::Expect(uint16_t desc_num) {
 template <typename Hook>
 absl::StatusOr<InflightSet> InflightTracker<Hook>::RecoverSplit(uint16_t used_idx) {
   const BatchRule rule = single_ ? BatchRule::kSingle : BatchRule::kLinked;
-  ASSIGN_OR_RETURN(SplitPartState state, AnalyseSplitPart(part_, ring_size_, used_idx, rule));
+  const std::vector<uint8_t> copy(part_.begin(), part_.end());
+  ASSIGN_OR_RETURN(SplitPartState state, AnalyseSplitPart(copy, ring_size_, used_idx, rule));
   Forget();
   InflightSplitHeader& header = split();
   if (state.desc_num == 0) {
@@ -240,7 +241,8 @@ absl::StatusOr<InflightSet> InflightTracker<Hook>::RecoverPacked(const MemoryVie
     return Error(absl::StatusCode::kInvalidArgument, "in-flight tracker: position {} of a ring of {}",
                  used_if_fresh.idx, ring_size_);
   }
-  ASSIGN_OR_RETURN(PackedPartState state, AnalysePackedPart(part_, memory, ring));
+  std::vector<uint8_t> copy(part_.begin(), part_.end());
+  ASSIGN_OR_RETURN(PackedPartState state, AnalysePackedPart(copy, memory, ring));
   Forget();
   InflightPackedHeader& header = packed();
   if (state.desc_num == 0) {
@@ -251,7 +253,8 @@ absl::StatusOr<InflightSet> InflightTracker<Hook>::RecoverPacked(const MemoryVie
     StorePositions(used_if_fresh, used_if_fresh, TrackerStep::kRecovering);
     Store(header.desc_num, ring_size_, TrackerStep::kRecovering);
     Store(header.version, kInflightVersion, TrackerStep::kRecovering);
-    state = FreshPackedState(ring_size_, used_if_fresh);
+    copy.assign(part_.begin(), part_.end());
+    ASSIGN_OR_RETURN(state, AnalysePackedPart(copy, memory, ring));
   } else {
     // Each store leaves a state from which the same is concluded again: old_free_head counts once the
     // positions agree, so it comes before them, and free_head, which does not count then, after them.

@@ -30,10 +30,10 @@ Extent Sectors(uint64_t first, uint64_t count) {
 // A sector that is touched in part is touched.
 uint64_t SectorsOf(uint64_t bytes) { return bytes / 512 + (bytes % 512 != 0); }
 
-std::vector<Extent> SegmentExtents(std::span<const uint8_t> head, uint64_t readable_bytes) {
+absl::InlinedVector<Extent, 1> SegmentExtents(std::span<const uint8_t> head, uint64_t readable_bytes) {
   const uint64_t count = (readable_bytes - kBlkHeaderBytes) / sizeof(BlkSegment);
   if (count > kMaxExtents || head.size() < kBlkHeaderBytes + count * sizeof(BlkSegment)) return {kWholeDisk};
-  std::vector<Extent> out;
+  absl::InlinedVector<Extent, 1> out;
   for (uint64_t k = 0; k < count; ++k) {
     BlkSegment segment;
     std::memcpy(&segment, head.data() + kBlkHeaderBytes + k * sizeof segment, sizeof segment);
@@ -50,32 +50,22 @@ BlkRequest ClassifyBlk(std::span<const uint8_t> head, uint64_t readable_bytes, u
   if (head.size() < sizeof header || readable_bytes < sizeof header) return out;
   std::memcpy(&header, head.data(), sizeof header);
   out.type = header.type;
+  out.cls = BlkClassOf(header.type);
   switch (header.type) {
     case kBlkIn:
-      out.cls = RequestClass::kRead;
       // The last byte is the status.
       out.extents = {Sectors(header.sector, SectorsOf(writable_bytes > 0 ? writable_bytes - 1 : 0))};
       break;
     case kBlkOut:
-      out.cls = RequestClass::kIdempotentWrite;
       out.extents = {Sectors(header.sector, SectorsOf(readable_bytes - sizeof header))};
-      break;
-    case kBlkGetId:
-    case kBlkGetLifetime:
-      out.cls = RequestClass::kRead;
       break;
     case kBlkZoneReport:
       // What it says changes with every write; it has no extent that could be told from its header.
-      out.cls = RequestClass::kRead;
       out.extents = {kWholeDisk};
-      break;
-    case kBlkFlush:
-      out.cls = RequestClass::kIdempotentWrite;
       break;
     case kBlkDiscard:
     case kBlkWriteZeroes:
     case kBlkSecureErase:
-      out.cls = RequestClass::kIdempotentWrite;
       out.extents = SegmentExtents(head, readable_bytes);
       break;
     default:
@@ -90,12 +80,6 @@ bool Conflicts(const BlkRequest& a, const BlkRequest& b) {
   return std::any_of(a.extents.begin(), a.extents.end(), [&](const Extent& x) {
     return std::any_of(b.extents.begin(), b.extents.end(), [&](const Extent& y) { return x.Overlaps(y); });
   });
-}
-
-void ClassesPresent::Add(RequestClass cls) {
-  reads |= cls == RequestClass::kRead;
-  writes |= cls == RequestClass::kIdempotentWrite;
-  not_idempotent |= cls == RequestClass::kNotIdempotent;
 }
 
 ClassesPresent& ClassesPresent::operator|=(const ClassesPresent& other) {

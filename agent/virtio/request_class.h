@@ -4,9 +4,10 @@
 // read, or of a type that is not known, is of the class that allows nothing.
 #pragma once
 
+#include <absl/container/inlined_vector.h>
+
 #include <cstdint>
 #include <span>
-#include <vector>
 
 #include "baton/v1/vm_spec.pb.h"
 
@@ -51,12 +52,31 @@ struct BlkRequest {
   RequestClass cls = RequestClass::kNotIdempotent;
   uint32_t type = 0xffffffff;
   // What it reads or writes. Sorted by nothing; of a discard or write-zeroes one a segment, at most
-  // kMaxExtents, beyond which one extent spans them all.
-  std::vector<Extent> extents;
+  // kMaxExtents, beyond which one extent spans them all. Nearly every request has just one.
+  absl::InlinedVector<Extent, 1> extents;
 
   bool writes() const { return cls != RequestClass::kRead; }
   bool flush() const { return type == kBlkFlush; }
 };
+
+// The class of a request of this type.
+constexpr RequestClass BlkClassOf(uint32_t type) {
+  switch (type) {
+    case kBlkIn:
+    case kBlkGetId:
+    case kBlkGetLifetime:
+    case kBlkZoneReport:
+      return RequestClass::kRead;
+    case kBlkOut:
+    case kBlkFlush:
+    case kBlkDiscard:
+    case kBlkWriteZeroes:
+    case kBlkSecureErase:
+      return RequestClass::kIdempotentWrite;
+    default:
+      return RequestClass::kNotIdempotent;
+  }
+}
 
 // What ClassifyBlk wants to see of a request: header, and the segments of a discard. Of a request with more
 // segments than that, all the disk counts as touched.
@@ -80,7 +100,11 @@ struct ClassesPresent {
   // Only what may be lost or done twice without harm, as network frames and buffers.
   bool harmless = false;
 
-  void Add(RequestClass cls);
+  void Add(RequestClass cls) {
+    reads |= cls == RequestClass::kRead;
+    writes |= cls == RequestClass::kIdempotentWrite;
+    not_idempotent |= cls == RequestClass::kNotIdempotent;
+  }
   ClassesPresent& operator|=(const ClassesPresent& other);
   bool none() const { return !reads && !writes && !not_idempotent && !harmless; }
 };

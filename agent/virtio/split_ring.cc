@@ -148,22 +148,6 @@ absl::Status CheckSplitDrained(uint16_t n, uint16_t last_avail, SplitIndices i) 
   return absl::OkStatus();
 }
 
-absl::Status CheckInflightHeads(uint16_t n, uint16_t last_avail, uint16_t used_idx,
-                                const std::vector<uint16_t>& heads) {
-  uint16_t expected = static_cast<uint16_t>(last_avail - used_idx);
-  if (heads.size() != expected) {
-    return Mismatch(fmt::format("{} heads are in flight, but next entry to fetch {} and used->idx {} make {}",
-                                heads.size(), last_avail, used_idx, expected));
-  }
-  std::vector<bool> seen(n, false);
-  for (uint16_t head : heads) {
-    if (head >= n) return Mismatch(fmt::format("head {} in flight in a ring of {}", head, n));
-    if (seen[head]) return Mismatch(fmt::format("head {} is in flight twice", head));
-    seen[head] = true;
-  }
-  return absl::OkStatus();
-}
-
 absl::StatusOr<SplitRecovery> RecoverSplit(const MemoryView& memory, const SplitRing& ring,
                                            bool allow_window) {
   RETURN_IF_ERROR(CheckSplitGeometry(ring));

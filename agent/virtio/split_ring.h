@@ -51,10 +51,6 @@ absl::Status CheckSplitInvariants(uint16_t n, uint16_t last_avail, SplitIndices 
 // The same, and nothing may be in flight: L == U.
 absl::Status CheckSplitDrained(uint16_t n, uint16_t last_avail, SplitIndices indices);
 
-// Requests in flight at a stop: every head < n, unique, and as many as L - U.
-absl::Status CheckInflightHeads(uint16_t n, uint16_t last_avail, uint16_t used_idx,
-                                const std::vector<uint16_t>& heads);
-
 // Where a new back-end continues after one that died with requests in flight and kept no in-flight region.
 struct SplitRecovery {
   // L for the new back-end.

@@ -18,7 +18,8 @@ void Expect(bool ok) {
   if (!ok) std::abort();
 }
 
-void Check(std::span<const uint8_t> part, uint16_t ring_size, uint16_t used, BatchRule rule) {
+void Check(std::span<const uint8_t> input, uint16_t ring_size, uint16_t used, BatchRule rule) {
+  const std::vector<uint8_t> part(input.begin(), input.end());
   auto set = ReadInflightSplit(part, ring_size, used, rule);
   if (!set.ok()) return;
   // Nothing more is available than in flight.

@@ -70,7 +70,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (!CheckPackedGeometry(ring).ok()) return 0;
   const size_t ring_bytes = std::min<size_t>(rest.size(), PackedDescBytes(ring_size));
   const Slots slots(rest.first(ring_bytes));
-  const std::span<const uint8_t> part = rest.subspan(ring_bytes);
+  const std::span<const uint8_t> input = rest.subspan(ring_bytes);
+  const std::vector<uint8_t> part(input.begin(), input.end());
   auto set = ReadInflightPacked(part, slots, ring);
   if (set.ok()) {
     Expect(CheckInflightPacked(ring_size, *set).ok());

@@ -82,7 +82,7 @@ TEST_F(HandoffTest, WhatIsInFlightIsCompletedByTheOtherBackend) {
   EXPECT_EQ(v.last_avail(), 4u);
   EXPECT_EQ(v.used_idx(), 0u);
   ASSERT_EQ(v.inflight_size(), 4);
-  for (int i = 0; i < 4; ++i) EXPECT_EQ(v.inflight(i).id(), 3u * i) << "oldest first";
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(v.inflight(i), 3u * i) << "oldest first";
   const v1::DeviceStop stop = mediator_->stop();
   EXPECT_EQ(stop.answer(), v1::HANDOFF);
   EXPECT_EQ(stop.handed_off(), 4u);
@@ -273,8 +273,43 @@ TEST_F(HandoffTest, ADestinationThatCannotTakeThemRefuses) {
   ASSERT_NO_FATAL_FAILURE(StartBackend({.inflight = true, .suspends = true}));
   ASSERT_NO_FATAL_FAILURE(StartMediator());
   EXPECT_TRUE(mediator_->TakesInflight());
-  state->mutable_vrings(0)->mutable_inflight(1)->set_id(state->vrings(0).inflight(0).id());
+  state->mutable_vrings(0)->set_inflight(1, state->vrings(0).inflight(0));
   EXPECT_EQ(ReasonOf(mediator_->ExpectState(*state)), v1::STATE_MISMATCH);
+}
+
+// Two requests of a packed ring of 8, of two descriptors and of one.
+TEST(InflightProto, WhatWasShippedComesBackOrIsRefused) {
+  virtio::InflightSet set;
+  set.format = virtio::RingFormat::kPacked;
+  set.used = {6, true};
+  set.avail = {1, false};
+  set.requests = {{5, 2, 0, 1}, {9, 1, 2, 2}};
+  set.descs = {{0x1000, 16, 5, 1}, {0x2000, 512, 5, 0}, {0x3000, 1, 9, 2}};
+  v1::VringState good;
+  good.set_size(8);
+  good.set_packed(true);
+  ToProto(set, &good);
+  auto back = FromProto(good);
+  ASSERT_TRUE(back.ok()) << back.status();
+  EXPECT_EQ(*back, set);
+
+  auto refused = [&](auto&& damage) {
+    v1::VringState v = good;
+    damage(&v);
+    return ReasonOf(FromProto(v).status()) == v1::STATE_MISMATCH;
+  };
+  EXPECT_TRUE(refused([](auto* v) { v->set_size(0); }));
+  EXPECT_TRUE(refused([](auto* v) { v->set_size(2); })) << "more descriptors than the ring has";
+  EXPECT_TRUE(refused([](auto* v) { v->set_last_avail(0x10000); }));
+  EXPECT_TRUE(refused([](auto* v) { v->set_inflight(0, 0x10000); }));
+  EXPECT_TRUE(refused([](auto* v) { v->set_inflight(0, 6); })) << "not the id that the chain bears";
+  EXPECT_TRUE(refused([](auto* v) { v->add_inflight(7); })) << "a request without a chain";
+  EXPECT_TRUE(refused([](auto* v) { v->set_chain_lengths(1, 2); })) << "beyond the descriptors";
+  EXPECT_TRUE(refused([](auto* v) { v->set_chain_lengths(1, 0xffffffff); }));
+  EXPECT_TRUE(refused([](auto* v) { v->set_chain_lengths(0, 1); })) << "a descriptor that belongs to none";
+  EXPECT_TRUE(refused([](auto* v) { v->mutable_descriptors()->pop_back(); }));
+  EXPECT_TRUE(refused([](auto* v) { v->mutable_descriptors()->clear(); }));
+  EXPECT_TRUE(refused([](auto* v) { v->set_packed(false); })) << "split rings ship no descriptors";
 }
 
 TEST(AnswerFor, TheMostSpecificRuleWins) {

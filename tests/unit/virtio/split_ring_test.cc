@@ -34,13 +34,6 @@ TEST(SplitInvariants, HoldAcrossTheWrapOf65536) {
   EXPECT_FALSE(CheckSplitDrained(4, 0, {1, 65535}).ok());
 }
 
-TEST(InflightHeads, CountUniquenessAndRange) {
-  EXPECT_TRUE(CheckInflightHeads(4, 6, 4, {3, 1}).ok());
-  EXPECT_THAT(Message(CheckInflightHeads(4, 6, 4, {3})), HasSubstr("1 heads"));
-  EXPECT_THAT(Message(CheckInflightHeads(4, 6, 4, {3, 4})), HasSubstr("head 4"));
-  EXPECT_THAT(Message(CheckInflightHeads(4, 6, 4, {3, 3})), HasSubstr("twice"));
-}
-
 TEST(SplitIndices, OutsideMemoryIsAnError) {
   FakeSplitRing r(4);
   r.ring.used = 0x900000;
