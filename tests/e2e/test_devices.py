@@ -5,7 +5,7 @@ import sys
 import unittest
 
 from batonlab.case import ClusterTest
-from batonlab.cluster import StorageDaemon
+from batonlab.cluster import LabStorage, StorageDaemon
 from batonlab.lab import wait_until
 
 
@@ -93,6 +93,32 @@ class Devices(ClusterTest):
         waiting.release()
         ended = self.cluster.wait_ended(migration)
         self.assertEqual(ended["phase"], "SUCCEEDED", ended.get("message"))
+        self.assert_clean()
+
+
+class InFlight(ClusterTest):
+    """Another back-end that is given what the one before had in flight."""
+    LAB_STORAGE = ()
+    CMDLINE = "lab.pages=512 lab.dirty=200 lab.blocks=512 lab.writers=8"
+
+    def test_swap_with_requests_in_flight(self):
+        self.have_guest()
+        host = self.cluster.host_of()
+        first = self.cluster.agents[host].storage
+        second = LabStorage(self.cluster, host)
+        second.socket, second.control = (os.path.join(self.lab.dir, f"{host}-new0.{end}") for end in ("sock", "control"))
+        second.start()
+        self.addCleanup(second.kill)
+        for storage in (first, second):
+            storage.set(latency_us=600000)
+        self.guest.wait_writes(8)
+        for storage in (second, first, second, first):
+            result = self.cluster.ctl("device", "swap", "vm1", "disk0", "--socket", storage.socket, "--inflight", "handoff",
+                                      "-o", "json")
+            self.assertGreater(json.loads(result.stdout)["handed_off"], 0, result.stdout)
+            self.guest.wait_writes(8)
+        for storage in (first, second):
+            storage.set(latency_us=0)
         self.assert_clean()
 
 

@@ -35,6 +35,25 @@ class Backports(ClusterTest):
         self.assert_clean()
 
 
+class BackportsHandoff(Backports):
+    """QEMU 10.0 on the lab device: requests in flight move with the guest."""
+
+    LAB_STORAGE = []
+    CMDLINE = "lab.pages=512 lab.dirty=200 lab.blocks=512 lab.writers=8"
+
+    def test_there_and_back(self):
+        self.have_guest("a")
+        for agent in self.cluster.agents.values():
+            agent.storage.set(latency_us=600000)
+        for host in ("b", "a"):
+            progress = self.move(host, options=("--inflight", "handoff"))["progress"]
+            self.assertEqual([stop["answer"] for stop in progress["device_stops"]], ["HANDOFF"], progress)
+            self.assertGreater(int(progress["inflight_handed_off"]), 0, progress)
+        for agent in self.cluster.agents.values():
+            agent.storage.set(latency_us=0)
+        self.assert_clean()
+
+
 class Tls(ClusterTest):
     """QEMU 7.2 between namespaces, mutual TLS on every connection."""
 

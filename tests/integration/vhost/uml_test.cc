@@ -36,6 +36,27 @@ class UmlMediator : public ::testing::Test {
     qsd_.emplace(std::move(*qsd));
   }
 
+  // The lab device, which suspends without completing. Ends when the test does.
+  absl::StatusOr<Process> StartLabDevice(const std::string& socket, const std::string& latency_max_us) {
+    std::filesystem::remove(socket);
+    SpawnOptions spawn;
+    // User-Mode Linux starts a packed ring at base 0, which no back-end takes.
+    spawn.argv = {BATON_LAB_DEVICE,   "--socket",     socket,      "--image", image_,   "--exit-on-eof",
+                  "--latency-max-us", latency_max_us, "--without", "packed",  "--base", "ignored"};
+    if (!keep_) {
+      int pipe_fds[2];
+      if (::pipe2(pipe_fds, O_CLOEXEC) != 0) return ErrnoError(errno, "pipe");
+      in_.reset(pipe_fds[0]);
+      keep_.reset(pipe_fds[1]);
+    }
+    spawn.stdin_fd = in_.get();
+    spawn.stderr_fd = 2;
+    ASSIGN_OR_RETURN(Process process, Process::Spawn(spawn));
+    if (!Eventually([&] { return std::filesystem::exists(socket); }, seconds(10)))
+      return absl::UnavailableError("the lab device does not listen");
+    return process;
+  }
+
   vhost::MediatorOptions Options() {
     vhost::MediatorOptions options;
     options.spec.set_name("disk0");
@@ -71,6 +92,7 @@ class UmlMediator : public ::testing::Test {
   const std::string image_ = work_.Path("image"), backend_ = work_.Path("qsd.sock"),
                     front_ = work_.Path("vmm.sock");
   std::optional<Qsd> qsd_;
+  UniqueFd in_, keep_;  // standard input of lab devices, and its other end
   std::unique_ptr<vhost::Mediator> mediator_;
   std::optional<UmlGuest> guest_;
 };
@@ -118,28 +140,17 @@ TEST_F(UmlMediator, KilledBackendIsReplacedUnderTheRunningGuest) {
 // Sixteen requests deep, completed out of order, and the back-end killed among them: with an in-flight region
 // nothing is guessed.
 TEST_F(UmlMediator, KilledBackendWithInflightRegionLosesNothingAtDepth) {
-  SpawnOptions spawn;
-  // User-Mode Linux starts a packed ring at base 0, which no back-end takes.
-  spawn.argv = {BATON_LAB_DEVICE,   "--socket", backend_,    "--image", image_,   "--exit-on-eof",
-                "--latency-max-us", "3000",     "--without", "packed",  "--base", "ignored"};
-  // It ends when its standard input does.
-  int pipe_fds[2];
-  ASSERT_EQ(::pipe2(pipe_fds, O_CLOEXEC), 0);
-  UniqueFd in(pipe_fds[0]), keep(pipe_fds[1]);
-  spawn.stdin_fd = in.get();
-  spawn.stderr_fd = 2;
-  auto backend = Process::Spawn(spawn);
+  auto backend = StartLabDevice(backend_, "3000");
   ASSERT_TRUE(backend.ok()) << backend.status();
   vhost::MediatorOptions options = Options();
   options.backend.set_kind(v1::LAB);
-  ASSERT_TRUE(Eventually([&] { return std::filesystem::exists(backend_); }, seconds(10)));
   StartMediator(options);
   StartGuest(/*threads=*/16, /*report=*/200);
   for (uint32_t round = 1; round <= 5; ++round) {
     ASSERT_TRUE(guest_->Progress(1, Deadline::After(kSoon)).ok());
     backend->Signal(SIGKILL);
     (void)backend->Wait(Deadline::After(seconds(10)));
-    backend = Process::Spawn(spawn);
+    backend = StartLabDevice(backend_, "3000");
     ASSERT_TRUE(backend.ok()) << backend.status();
     auto went_on = guest_->Progress(1, Deadline::After(kSoon));
     ASSERT_TRUE(went_on.ok()) << went_on << " " << mediator_->Describe().message();
@@ -169,6 +180,31 @@ TEST_F(UmlMediator, SwappedBackendUnderTheRunningGuest) {
   }
   EXPECT_EQ(mediator_->Describe().swaps(), 6u);
   EXPECT_EQ(mediator_->Describe().reconnects(), 0u);
+  ExpectClean();
+}
+
+// What is in flight at the old back-end is neither finished nor cancelled there: the new one does it.
+TEST_F(UmlMediator, RequestsInFlightAreHandedToAnotherBackend) {
+  const std::string second = work_.Path("second.sock");
+  auto one = StartLabDevice(backend_, "50000"), other = StartLabDevice(second, "50000");
+  ASSERT_TRUE(one.ok() && other.ok()) << one.status() << other.status();
+  vhost::MediatorOptions options = Options();
+  options.backend.set_kind(v1::LAB);
+  StartMediator(options);
+  StartGuest(/*threads=*/16, /*report=*/100);
+  uint32_t handed_off = 0;
+  for (int round = 0; round < 6; ++round) {
+    vhost::SwapOptions wanted;
+    wanted.backend.set_socket(round % 2 ? backend_ : second);
+    wanted.backend.set_kind(v1::LAB);
+    wanted.inflight = v1::HANDOFF;
+    auto swapped = mediator_->Swap(wanted, nullptr, Deadline::After(seconds(10)));
+    ASSERT_TRUE(swapped.ok()) << swapped.status();
+    handed_off += swapped->handed_off;
+    auto went_on = guest_->Progress(1, Deadline::After(kSoon));
+    ASSERT_TRUE(went_on.ok()) << went_on << " " << mediator_->Describe().message();
+  }
+  EXPECT_GT(handed_off, 0u);
   ExpectClean();
 }
 
