@@ -39,6 +39,14 @@ inline constexpr uint64_t kNetFRss = Bit(60);
 // commands and configuration fields it overlays.
 inline constexpr uint64_t kNetFSteering = Bit(58);
 
+// What a driver may accept only together with CTRL_VQ. A vhost-user back-end may see them without it: QEMU
+// keeps the control queue to itself and passes GUEST_ANNOUNCE, MQ and the like on (user_feature_bits in
+// net/vhost-user.c).
+inline constexpr uint64_t kNetFNeedCtrlVq = kNetFMq | kNetFRss | kNetFCtrlRx | kNetFCtrlVlan |
+                                            kNetFCtrlRxExtra | kNetFCtrlMacAddr | kNetFGuestAnnounce |
+                                            kNetFNotfCoal | kNetFVqNotfCoal | kNetFHashTunnel |
+                                            kNetFCtrlGuestOffloads | kNetFHashReport | kNetFSteering;
+
 // The offloads that a guest can switch at run time, by the bit of their feature.
 inline constexpr uint64_t kNetGuestOffloads = kNetFGuestCsum | kNetFGuestTso4 | kNetFGuestTso6 |
                                               kNetFGuestEcn | kNetFGuestUfo | kNetFGuestUso4 | kNetFGuestUso6;

@@ -136,11 +136,7 @@ absl::Status NetLimits::Check() const {
   if (Has(kNetFSteering) && (features & (kNetFMq | kNetFRss | kNetFMtu))) {
     return bad("STEERING (experimental) excludes MQ, RSS and MTU");
   }
-  constexpr uint64_t kNeedControl = kNetFMq | kNetFRss | kNetFCtrlRx | kNetFCtrlVlan | kNetFCtrlRxExtra |
-                                    kNetFCtrlMacAddr | kNetFGuestAnnounce | kNetFNotfCoal | kNetFVqNotfCoal |
-                                    kNetFHashTunnel | kNetFCtrlGuestOffloads | kNetFHashReport |
-                                    kNetFSteering;
-  if ((features & kNeedControl) && !Has(kNetFCtrlVq))
+  if ((features & kNetFNeedCtrlVq) && !Has(kNetFCtrlVq))
     return bad("features that need the control queue were accepted without CTRL_VQ");
   return absl::OkStatus();
 }

@@ -52,12 +52,19 @@ absl::Status AddDevice(const QemuCommand& command, const v1::DeviceSpec& device,
       size = std::max(size, 256u);
       argv.insert(argv.end(), {"-netdev", fmt::format("vhost-user,id=net-{},chardev={},queues={}",
                                                       device.name(), chardev, queues)});
-      // One vector for each queue, one for configuration changes, one for the control queue.
       std::string text = fmt::format(
           "virtio-net-pci,id=dev-{},netdev=net-{},mac={},rx_queue_size={},tx_queue_size={},disable-legacy=on,"
           "romfile=,bus=pcie.0,addr={:#x}",
           device.name(), device.name(), device.mac(), size, size, slot);
-      if (queues > 1) text += fmt::format(",mq=on,vectors={}", 2 * queues + 2);
+      if (queues > 1) text += ",mq=on";
+      if (!command.kvm) {
+        // Without KVM, QEMU 7.2 crashes when a guest uses MSI-X on a vhost-user NIC: virtio_pci_vector_unmask
+        // goes on to KVM's irqfds, because vhost_net_start has switched masking by notifier off.
+        text += ",vectors=0";
+      } else if (queues > 1) {
+        // One for each queue, one for configuration changes, one for the control queue.
+        text += fmt::format(",vectors={}", 2 * queues + 2);
+      }
       argv.insert(argv.end(), {"-device", text});
       return absl::OkStatus();
     }

@@ -174,7 +174,9 @@ void NetModel::FeaturesAccepted(uint64_t features) {
   // VHOST_F_LOG_ALL and the like come and go while the device runs.
   features &= Features() | virtio::kFVersion1;
   if (features == features_) return;
-  features_ = limits_.features = features;
+  features_ = features;
+  // Without a control queue of its own, nothing that is set through one is here.
+  limits_.features = features & virtio::kNetFCtrlVq ? features : features & ~virtio::kNetFNeedCtrlVq;
   state_ = virtio::NetState::Default(limits_);
   BuildConfig();
 }
@@ -182,6 +184,10 @@ void NetModel::FeaturesAccepted(uint64_t features) {
 bool NetModel::IsControl(uint32_t queue) const {
   if (options_.steering) return queue == 2;
   return (features_ & virtio::kNetFCtrlVq) && queue == limits_.ControlQueue();
+}
+bool NetModel::ControlHere() const {
+  const uint32_t queue = limits_.ControlQueue();
+  return IsControl(queue) && queue < started_.size() && started_[queue];
 }
 bool NetModel::IsTx(uint32_t queue) const {
   return queue % 2 == 1 && !IsControl(queue) && !(options_.steering && queue == 3);
@@ -202,8 +208,7 @@ uint16_t NetModel::ReadyPairs() const {
 }
 
 virtio::NetState NetModel::Effective() const {
-  if (options_.steering || (started_.size() > limits_.ControlQueue() && started_[limits_.ControlQueue()]))
-    return state_;
+  if (options_.steering || ControlHere()) return state_;
   virtio::NetState state = state_;
   state.rule = RxRule::kAutomatic;
   state.pairs = 0;
@@ -387,8 +392,7 @@ bool NetModel::Deliver(std::span<const uint8_t> frame) {
   auto packet = virtio::ParsePacket(frame);
   if (!packet) return true;
   const virtio::NetState state = Effective();
-  const bool control_here = started_.size() > limits_.ControlQueue() && started_[limits_.ControlQueue()];
-  if (control_here && !virtio::PassesFilter(state, limits_, packet->destination, packet->vlan)) {
+  if (ControlHere() && !virtio::PassesFilter(state, limits_, packet->destination, packet->vlan)) {
     ++host_->Counter("rx_filtered");
     return true;
   }
@@ -517,8 +521,8 @@ absl::Status NetModel::SetMtu(uint64_t mtu) {
 absl::StatusOr<std::string> NetModel::SaveState() {
   std::string out;
   Append32(out, kStateMagic);
-  const std::string net =
-      virtio::SerializeNetState({state_, steering_.flows().seed(), steering_.flows().Export()}, features_);
+  const std::string net = virtio::SerializeNetState(
+      {state_, steering_.flows().seed(), steering_.flows().Export()}, limits_.features);
   Append32(out, net.size());
   out += net;
   // Which addresses live behind the guest (a bridge in it) and which outside; which wire is for the

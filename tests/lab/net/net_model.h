@@ -82,6 +82,7 @@ class NetModel : public DeviceModel {
   virtio::NetState Effective() const;
   uint16_t ReadyPairs() const;
   bool IsControl(uint32_t queue) const;
+  bool ControlHere() const;  // it is, and runs
   bool IsTx(uint32_t queue) const;
   uint16_t PairOf(uint32_t queue) const;
   void BuildConfig();

@@ -114,10 +114,18 @@ TEST(QemuCommand, CommasInPathsAreDoubled) {
 
 TEST(QemuCommand, MultiqueueNicHasAVectorForEachQueue) {
   QemuCommand command = Command();
+  command.kvm = true;
   AddDevice(command, "nic0", v1::NET, 4);
   auto argv = BuildQemuCommand(command);
   EXPECT_THAT(Values(*argv, "-netdev"), Contains("vhost-user,id=net-nic0,chardev=char-nic0,queues=4"));
   EXPECT_THAT(Values(*argv, "-device"), Contains(HasSubstr("mq=on,vectors=10")));
+}
+
+TEST(QemuCommand, NicWithoutKvmHasNoVectors) {
+  QemuCommand command = Command();
+  command.kvm = false;
+  AddDevice(command, "nic0", v1::NET, 1);
+  EXPECT_THAT(Values(*BuildQemuCommand(command), "-device"), Contains(HasSubstr(",vectors=0")));
 }
 
 TEST(QemuCommand, ExtraArgumentsComeAsTheyAre) {
