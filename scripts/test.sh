@@ -77,8 +77,7 @@ stage_tidy() { check "lint tidy" scripts/lint.sh tidy; }
 
 stage_build() { check "build $preset" build "$preset"; }
 
-# A unit test that hung is tried once more, and the hang stays in the log: migration_engine_test was once seen not to end.
-stage_unit() { check "build $preset" build "$preset" && tests "$preset" -L 'unit|model' -j2 --repeat after-timeout:2; }
+stage_unit() { check "build $preset" build "$preset" && tests "$preset" -L 'unit|model' -j2; }
 
 stage_integration() { check "build $preset" build "$preset" && tests "$preset" -L integration -j2; }
 

@@ -56,6 +56,7 @@ class IncomingMigration::Impl {
   absl::Status Interrupted();
   absl::Status Handle(const v1::PeerMessage& message, Deadline deadline);
   absl::Status LandRound(const v1::RoundEnd& end, Deadline deadline);
+  absl::Status AwaitFrames(const std::vector<uint64_t>& frames, Deadline deadline);
   absl::Status TakeState(const v1::VmmState& state, Deadline deadline);
   absl::Status FeedState(const std::string& data, Deadline deadline);
   absl::Status TakeYield(const v1::Yield& yield);

@@ -1,6 +1,8 @@
 // Taking in memory and state. Everything the peer says is checked here against what this side knows.
 #include <poll.h>
 
+#include <optional>
+
 #include "agent/migration/destination_impl.h"
 #include "agent/migration/state_pipe.h"
 #include "common/log.h"
@@ -15,6 +17,8 @@ namespace {
 
 // How often the main thread looks at what cannot wake it: the VMM's end, broken data channels.
 constexpr Duration kLook = milliseconds(200);
+// What a source sent before its control connection was lost is here within this time, or never comes.
+constexpr Duration kLateFrames = seconds(2);
 // The VMM's state without its memory: a few hundred KiB; ROMs and video memory make it some MiB.
 constexpr uint64_t kMaxState = 256u << 20;
 
@@ -177,7 +181,7 @@ absl::Status IncomingMigration::Impl::LandRound(const v1::RoundEnd& end, Deadlin
   if (landed_) return Violation("a round after the final one");
   const std::vector<uint64_t> frames(end.frames().begin(), end.frames().end());
   const Clock::time_point begin = Clock::now();
-  RETURN_IF_ERROR(receiver_->WaitForFrames(frames, deadline));
+  RETURN_IF_ERROR(AwaitFrames(frames, deadline));
   const uint64_t doubtful = receiver_->doubtful_pages();
   if (end.final()) {
     AddTime("barrier", begin);
@@ -192,6 +196,22 @@ absl::Status IncomingMigration::Impl::LandRound(const v1::RoundEnd& end, Deadlin
   message.mutable_round_ack()->set_round(end.round());
   message.mutable_round_ack()->set_doubtful_pages(doubtful);
   return link_->Send(message, deadline);
+}
+
+// In slices: an abort, the VMM's end and a source that is gone wake nobody here, and neither does a data
+// channel that was turned away because it came after an abort, whose frames never land.
+absl::Status IncomingMigration::Impl::AwaitFrames(const std::vector<uint64_t>& frames, Deadline deadline) {
+  std::optional<Deadline> late;
+  for (;;) {
+    const absl::Status landed = receiver_->WaitForFrames(frames, deadline.Min(Deadline::After(kLook)));
+    if (!absl::IsDeadlineExceeded(landed) || deadline.Expired()) return landed;
+    RETURN_IF_ERROR(Interrupted());
+    Tick();
+    const absl::Status lost = link_->lost_status();
+    if (lost.ok()) continue;
+    if (!late) late = Deadline::After(kLateFrames);
+    if (late->Expired()) return lost;
+  }
 }
 
 absl::Status IncomingMigration::Impl::TakeState(const v1::VmmState& state, Deadline deadline) {

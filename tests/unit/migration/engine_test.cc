@@ -455,6 +455,49 @@ TEST_F(EngineTest, AbortAtTheDestinationLetsTheSourceGoOn) {
 }
 
 // Cancel or cut when the n-th message of channel 0 passes, in either direction.
+// Data channels that the destination never gets: as when it was told to abort before they came and turned
+// them away, with what the source had already written into them.
+class LostChannelsTest : public EngineTest {
+ protected:
+  ~LostChannelsTest() override {
+    out_.reset();
+    proxy_.Cut();
+    for (std::thread& drain : drains_) drain.join();
+  }
+  // `then`: once the source has sent all of a round and waits for it to be acknowledged.
+  void Begin(std::function<void()> then) {
+    Prepare("m1");
+    StartDestination();
+    proxy_.set_accept([this](const stream::PreambleBytes& bytes, UniqueFd fd) {
+      auto preamble = stream::DecodePreamble(bytes);
+      if (!preamble.ok() || preamble->channel == 0) return in_->AcceptChannel(bytes, std::move(fd));
+      drains_.emplace_back([fd = fd.release()] {
+        const UniqueFd owned(fd);
+        char buffer[4096];
+        while (::read(owned.get(), buffer, sizeof buffer) > 0) continue;
+      });
+      return absl::OkStatus();
+    });
+    proxy_.set_filter([then](bool to_destination, const v1::PeerMessage& message) {
+      if (to_destination && message.has_round_end()) then();
+      return true;
+    });
+    StartSource();
+  }
+  std::vector<std::thread> drains_;  // of the proxy's thread until it was cut
+};
+
+TEST_F(LostChannelsTest, AnAbortEndsTheWaitForThem) {
+  Begin([this] { EXPECT_TRUE(in_->Abort("asked to").ok()); });
+  ExpectStayed(v1::CANCELLED_BY_REQUEST);
+  EXPECT_EQ(in_->report().phase(), v1::CANCELLED);
+}
+
+TEST_F(LostChannelsTest, ASourceThatLeavesEndsTheWaitForThem) {
+  Begin([this] { EXPECT_TRUE(out_->Cancel().ok()); });
+  ExpectStayed(v1::CANCELLED_BY_REQUEST);
+}
+
 enum class Blow { kCancel, kCutBefore, kCutAfter, kAbortDestination };
 
 class BlowTest : public EngineTest, public testing::WithParamInterface<Blow> {
