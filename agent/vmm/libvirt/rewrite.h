@@ -17,7 +17,7 @@ namespace baton::vmm {
 struct RewriteRule {
   enum class Kind {
     kDisk,       // path of a disk's file or device, its backing files, and firmware variables: prefix
-    kBridge,     // bridge of an interface: whole name
+    kBridge,     // bridge of an interface, or host device of a direct one: whole name
     kNetwork,    // libvirt network of an interface: whole name
     kVhostUser,  // socket of a vhost-user disk, interface or file system: prefix
     kEmulator,   // path of QEMU: whole path
