@@ -29,6 +29,9 @@ struct SourceFacts {
   bool persistent = false;
   // The job under way, in words ("a migration", "a snapshot"); empty: none.
   std::string job;
+  // Targets of disks with a block job (copy, commit, backup …).
+  std::vector<std::string> block_jobs;
+  int snapshots = 0;
   // QEMU's blocked-reasons, as far as its monitor answered; `vmm_trouble` says why not.
   std::vector<std::string> blockers;
   std::string vmm_version;
@@ -62,16 +65,23 @@ struct DestinationRequest {
   std::string tunnel_dir;
 };
 
+// How a path's file system is used, as far as its type tells.
+enum class Sharing {
+  kLocal,    // of this host alone: ext4, xfs, tmpfs …
+  kShared,   // hosts share it: NFS, Ceph, GFS2 …
+  kUnknown,  // a type that is not known here: nothing is concluded
+};
+
 // A disk of the domain as this host finds it under the path that the destination's XML names.
 struct DiskFacts {
   bool exists = false;
-  uint64_t size = 0;       // bytes of the file or device
-  bool writable = false;   // by this process; QEMU's user may differ
-  std::string filesystem;  // "nfs", "ceph", "gfs2", "ocfs2", "gluster" for file systems that hosts share;
-                           // else "local"
-  std::string trouble;     // why it cannot be looked at, if it exists or may exist
-  uint64_t directory_free = 0;  // bytes left where it would be made
-  bool directory = false;       // that directory exists
+  bool block_device = false;
+  uint64_t size = 0;  // bytes of the file or device
+  Sharing sharing = Sharing::kUnknown;
+  std::string filesystem;       // in words: "nfs", "ext4", "type 0x1234"
+  std::string trouble;          // why it cannot be looked at
+  bool directory = false;       // the directory in which it is, or would be made, exists
+  uint64_t directory_free = 0;  // bytes left there
 };
 
 // This host, as far as the domain's arrival depends on it.
@@ -82,8 +92,10 @@ struct DestinationFacts {
   std::optional<int> same_uuid_state;  // virDomainState
   std::optional<int> same_name_state;
   std::string same_uuid_name;
-  // virConnectCompareHypervisorCPU: VIR_CPU_COMPARE_*; empty: not asked (no <cpu>), or `cpu_trouble`.
-  std::optional<int> cpu;
+  // virConnectCompareHypervisorCPU: whether the guest's CPU can be had here; empty: it was not asked (the XML
+  // asks for none, or for the host's), or could not be. `cpu_trouble`: what is missing, or why it could not.
+  std::optional<bool> cpu_fits;
+  bool cpu_is_hosts = false;  // host-passthrough, maximum: nothing can be compared
   std::string cpu_trouble;
   // virConnectGetDomainCapabilities for emulator, arch, machine and virt type: why it has none, or empty.
   std::string capabilities_trouble;
@@ -99,7 +111,8 @@ struct DestinationFacts {
   uint64_t hugepage_size = 0;  // of the domain's <hugepages>, bytes; 0: it has none
   uint64_t hugepages_free = 0;
   std::string hugepage_trouble;
-  uint64_t memlock_limit = 0;  // of a QEMU that libvirt starts; ~0: unlimited
+  // Only privileged processes may handle page faults of a guest (vm.unprivileged_userfaultfd is 0).
+  bool userfaultfd_restricted = false;
   uint32_t cpus = 0;
   std::string tunnel_trouble;  // why QEMU could not make sockets in tunnel_dir
 };

@@ -1,0 +1,192 @@
+// The source's half of checks.h.
+#include <libvirt/libvirt.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "agent/vmm/libvirt/checks.h"
+#include "agent/vmm/libvirt/domain_needs.h"
+#include "agent/vmm/libvirt/inventory.h"
+#include "agent/vmm/libvirt/qemu_view.h"
+#include "common/finding.h"
+
+namespace baton::vmm {
+namespace {
+
+using OwnedText = std::unique_ptr<char, decltype(&std::free)>;
+
+std::string XmlOf(virDomainPtr domain, unsigned flags) {
+  const OwnedText text(virDomainGetXMLDesc(domain, flags), &std::free);
+  return text ? text.get() : "";
+}
+
+const char* OperationName(int operation) {
+  switch (operation) {
+    case VIR_DOMAIN_JOB_OPERATION_START:
+      return "its start";
+    case VIR_DOMAIN_JOB_OPERATION_SAVE:
+      return "a save";
+    case VIR_DOMAIN_JOB_OPERATION_RESTORE:
+      return "a restore";
+    case VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN:
+    case VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT:
+      return "a migration";
+    case VIR_DOMAIN_JOB_OPERATION_SNAPSHOT:
+    case VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_REVERT:
+    case VIR_DOMAIN_JOB_OPERATION_SNAPSHOT_DELETE:
+      return "a snapshot";
+    case VIR_DOMAIN_JOB_OPERATION_DUMP:
+      return "a dump";
+    case VIR_DOMAIN_JOB_OPERATION_BACKUP:
+      return "a backup";
+    default:
+      return "a job";
+  }
+}
+
+std::string JobOf(virDomainPtr domain) {
+  int type = VIR_DOMAIN_JOB_NONE, count = 0;
+  virTypedParameterPtr params = nullptr;
+  if (virDomainGetJobStats(domain, &type, &params, &count, 0) != 0) return "";
+  int operation = 0;
+  virTypedParamsGetInt(params, count, VIR_DOMAIN_JOB_OPERATION, &operation);
+  virTypedParamsFree(params, count);
+  return type == VIR_DOMAIN_JOB_NONE ? "" : OperationName(operation);
+}
+
+// Asks libvirt for what is in QEMU's view of the disks: their size as the guest sees it, and what happens to
+// them.
+void AddDisks(virDomainPtr domain, const DomainNeeds& needs, SourceFacts& facts) {
+  for (const NeededDisk& needed : needs.disks) {
+    v1::DomainDisk disk;
+    disk.set_target(needed.target);
+    disk.set_path(needed.path);
+    disk.set_format(needed.format);
+    disk.set_readonly(needed.readonly);
+    virDomainBlockInfo info{};
+    if (virDomainGetBlockInfo(domain, needed.target.c_str(), &info, 0) == 0) disk.set_capacity(info.capacity);
+    facts.disks.push_back(std::move(disk));
+    virDomainBlockJobInfo job{};
+    if (virDomainGetBlockJobInfo(domain, needed.target.c_str(), &job, 0) == 1)
+      facts.block_jobs.push_back(needed.target);
+  }
+}
+
+absl::StatusOr<SourceFacts> AskLibvirt(virConnectPtr c, const std::string& uuid) {
+  const DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
+  if (!domain) return LibvirtError(fmt::format("domain {}", uuid));
+  SourceFacts facts;
+  if (virDomainGetState(domain.get(), &facts.state, &facts.reason, 0) != 0) return LibvirtError("state");
+  facts.persistent = virDomainIsPersistent(domain.get()) == 1;
+  facts.xml = XmlOf(domain.get(), 0);
+  // As libvirt itself sends it: the guest's CPU in full, and the secrets that the destination needs.
+  facts.migratable_xml =
+      XmlOf(domain.get(), VIR_DOMAIN_XML_MIGRATABLE | VIR_DOMAIN_XML_SECURE | VIR_DOMAIN_XML_UPDATE_CPU);
+  if (facts.xml.empty() || facts.migratable_xml.empty()) return LibvirtError("XML");
+  facts.job = JobOf(domain.get());
+  facts.snapshots = std::max(0, virDomainSnapshotNum(domain.get(), 0));
+  if (virDomainIsActive(domain.get()) == 1) {
+    ASSIGN_OR_RETURN(const DomainNeeds needs, ReadDomainNeeds(facts.xml));
+    AddDisks(domain.get(), needs, facts);
+  }
+  return facts;
+}
+
+absl::StatusOr<QemuView> AskView(virConnectPtr c, const std::string& uuid) {
+  const DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
+  if (!domain) return LibvirtError(fmt::format("domain {}", uuid));
+  return AskQemu(domain.get());
+}
+
+// Those that libvirt or QEMU moves all the same, or of which only QEMU can tell.
+bool MayMove(const DomainDevice& device) {
+  // A SCSI disk of the host is a disk like another, if both hosts reach it.
+  return device.attachment != Attachment::kPassthrough ||
+         (device.type == DeviceType::kDisk && device.source != "nvme");
+}
+
+}  // namespace
+
+absl::StatusOr<SourceFacts> GatherSourceFacts(LibvirtConnection& connection, const std::string& uuid,
+                                              Deadline deadline) {
+  auto facts = CallFor<SourceFacts>(
+      connection, fmt::format("reading domain {}", uuid),
+      [uuid](virConnectPtr c) { return AskLibvirt(c, uuid); }, deadline);
+  RETURN_IF_ERROR(facts.status());
+  if (facts->state == VIR_DOMAIN_SHUTOFF) return facts;
+  // Apart: a monitor that hangs leaves the rest known.
+  auto view = CallFor<QemuView>(
+      connection, fmt::format("asking the QEMU of domain {}", uuid),
+      [uuid](virConnectPtr c) { return AskView(c, uuid); }, deadline);
+  if (view.ok()) {
+    facts->blockers = view->blockers;
+    facts->vmm_version = view->version;
+  } else {
+    facts->vmm_trouble = Message(view.status());
+  }
+  return facts;
+}
+
+std::vector<v1::Finding> JudgeSource(const SourceFacts& facts, const DomainDescription& domain,
+                                     const v1::MigrationParams& params) {
+  std::vector<v1::Finding> out;
+  const auto add = [&](v1::Severity severity, const std::string& code, const std::string& subject,
+                       const std::string& message, const std::string& remedy) {
+    out.push_back(MakeFinding(severity, code, subject, message, remedy));
+  };
+  const std::string subject = "domain " + domain.name;
+  std::string words;
+  const v1::Vm::State state = StateOf(facts.state, facts.reason, false, &words);
+  if (state == v1::Vm::PAUSED && facts.state == VIR_DOMAIN_PAUSED &&
+      facts.reason == VIR_DOMAIN_PAUSED_MIGRATION) {
+    add(v1::BLOCKER, "MIGRATION_UNSETTLED", subject,
+        "it stands still because of a migration that was not settled",
+        "find out where the guest runs, then resume or destroy this copy");
+  } else if (state == v1::Vm::PAUSED) {
+    add(v1::INFO, "VM_PAUSED", subject, fmt::format("it is {}, and will be at the destination", words), "");
+  } else if (state != v1::Vm::RUNNING) {
+    add(v1::BLOCKER, "VM_NOT_RUNNING", subject, fmt::format("it is {}", words),
+        "start it: virsh start " + domain.name);
+  }
+  if (!facts.job.empty())
+    add(v1::BLOCKER, "JOB_UNDER_WAY", subject, fmt::format("libvirt is at work with it: {}", facts.job),
+        "wait for its end, or virsh domjobabort " + domain.name);
+  for (const std::string& target : facts.block_jobs)
+    add(v1::BLOCKER, "BLOCK_JOB_UNDER_WAY", "disk " + target, "a copy, commit or backup of it is under way",
+        fmt::format("wait for its end, or virsh blockjob {} {} --abort", domain.name, target));
+  if (facts.snapshots > 0)
+    add(v1::BLOCKER, "SNAPSHOTS_EXIST", subject,
+        fmt::format("libvirt moves no domain that has snapshots; it has {}", facts.snapshots),
+        "delete them, or only libvirt's record of them: virsh snapshot-delete --metadata");
+  for (const std::string& reason : facts.blockers)
+    add(v1::BLOCKER, "VMM_BLOCKS_MIGRATION", subject, reason,
+        "remove the device or the setting that QEMU names");
+  if (!facts.vmm_trouble.empty() && state != v1::Vm::STOPPED)
+    add(v1::WARNING, "VMM_SILENT", subject,
+        "QEMU could not be asked what keeps it from being moved: " + facts.vmm_trouble, "");
+  for (const DomainDevice& device : domain.devices) {
+    const std::string what = fmt::format("{} {}", NameOf(device.type), device.name);
+    if (!MayMove(device)) {
+      add(v1::BLOCKER, "DEVICE_NOT_MIGRATABLE", what,
+          "it is a device of this host, and libvirt does not move it", "detach it first");
+    } else if (device.attachment == Attachment::kVhostUser && !device.mediated &&
+               device.type != DeviceType::kFilesystem) {
+      add(v1::INFO, "NOT_MEDIATED", what,
+          fmt::format("QEMU reaches its back-end {} directly and stops it by itself: its requests are "
+                      "finished first, "
+                      "however long they take",
+                      device.source),
+          "batonctl vm mediate");
+    }
+  }
+  if (params.post_copy() && domain.memory.locked)
+    add(v1::WARNING, "POSTCOPY_UNAVAILABLE", "memory",
+        "its memory is locked, with which post-copy does not work",
+        "remove <locked/>, or migrate without post-copy");
+  std::stable_sort(out.begin(), out.end(),
+                   [](const v1::Finding& a, const v1::Finding& b) { return a.severity() > b.severity(); });
+  return out;
+}
+
+}  // namespace baton::vmm
