@@ -8,10 +8,11 @@
 // a finish that fails for lack of an answer makes the source's libvirt start its copy again, although the
 // destination may run.
 //
-// The rules (docs/libvirt.md): both ends are looked at. Nothing is destroyed by inference from one of them: a
-// copy is destroyed only if it does not run and the other side was seen to run the guest, or if it has never
-// run and the other side was seen to hold it. Nothing is resumed unless the other side was seen to have no
-// copy that runs or may yet run. A side that cannot be seen makes the answer UNKNOWN, and it is asked again.
+// The rules (docs/decisions/0007-settling-libvirt.md): both ends are looked at. Nothing is destroyed by
+// inference from one of them: a copy is destroyed only if it does not run and the other side was seen to run
+// the guest, or if it has never run and the other side was seen to hold it. Nothing is resumed unless the
+// other side was seen to have no copy that runs or may yet run. A side that cannot be seen makes the answer
+// UNKNOWN, and it is asked again.
 #pragma once
 
 #include <string>

@@ -12,7 +12,7 @@
 #include <future>
 #include <mutex>
 
-#include "common/process.h"
+#include "tests/integration/libvirt/libvirt_host.h"
 
 namespace baton::vmm {
 namespace {
@@ -20,38 +20,6 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::seconds;
 using testing::HasSubstr;
-
-constexpr auto kSoon = seconds(30);
-
-// A libvirtd of its own; everything in it ends with the object.
-class Host {
- public:
-  explicit Host(const std::string& dir) : dir_(dir) {}
-
-  absl::Status Start() {
-    const UniqueFd log(::open((dir_ + ".log").c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
-    SpawnOptions options;
-    options.argv = {BATON_LIBVIRT_HOST, dir_, "hosta"};
-    options.stdout_fd = options.stderr_fd = log.get();
-    options.new_session = true;
-    options.die_with_parent = true;
-    ASSIGN_OR_RETURN(Process process, Process::Spawn(options));
-    process_.emplace(std::move(process));
-    return absl::OkStatus();
-  }
-  void Kill() {
-    if (!process_) return;
-    process_->Signal(SIGKILL);
-    (void)process_->Wait(Deadline::After(kSoon));
-    process_.reset();
-  }
-  std::string uri() const { return "qemu:///system?socket=" + dir_ + "/run/libvirt/libvirt-sock"; }
-  pid_t pid() const { return process_->pid(); }
-
- private:
-  const std::string dir_;
-  std::optional<Process> process_;
-};
 
 class LibvirtInventoryTest : public testing::Test {
  protected:
@@ -139,7 +107,7 @@ class LibvirtInventoryTest : public testing::Test {
   }
 
   std::string dir_;
-  std::optional<Host> host_;
+  std::optional<LibvirtHost> host_;
   std::unique_ptr<LibvirtInventory> inventory_;
   std::mutex mutex_;
   std::condition_variable changed_;
