@@ -8,6 +8,8 @@
   handoff   the blackout of a guest with 32 requests in flight on a disk that takes a second for each: handed off, drained,
             with an idle disk, and moved by QEMU itself
   stop      Baton's own time to stop a device of 64 queues with 256 requests in flight each, and to collect them
+  libvirt   a libvirt domain moved between the same two daemons by virsh migrate and by Baton: time and blackout, without and
+            with TLS
   hints     8 GiB of memory, 1 GiB live, the rest dirtied and freed: moved with free page hints and without
 """
 import argparse
@@ -23,6 +25,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 # pylint: disable=wrong-import-position
 from batonlab.cluster import Cluster, seconds, summary  # noqa: E402
 from batonlab.lab import Lab, LabError, wait_until  # noqa: E402
+import bench_libvirt  # noqa: E402
 from qemu_pair import DirectGuest, QemuPair  # noqa: E402
 
 CMDLINE = "lab.pages=4096 lab.dirty=1500"
@@ -274,6 +277,10 @@ def hints(lab, runs):
             ("hints, time with / without (at most 0.25)", figures["time_ratio"])]
 
 
+def libvirt(lab, runs):
+    return bench_libvirt.bench(lab, runs, say, row)
+
+
 def usage(pid):
     with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
         fields = stat.read().rsplit(")", 1)[1].split()
@@ -301,7 +308,7 @@ def order(lab, runs):
 
 
 BENCHMARKS = {"blackout": blackout, "memory": memory, "idle": idle, "order": order, "handoff": handoff,
-              "stop": stop, "hints": hints}
+              "stop": stop, "libvirt": libvirt, "hints": hints}
 
 
 def main():

@@ -2,18 +2,24 @@
 libvirt 11.3 and QEMU 10.0 at one end, disks copied, control from outside at every point, restarts, and many at once."""
 import json
 import os
-import subprocess
 import sys
 import time
 import unittest
 
 from batonlab.cluster import seconds, summary
-from batonlab.lab import ROOT, wait_until
-from batonlab.libvirt import LibvirtCluster
+from batonlab.lab import wait_until
 from batonlab.libvirt_case import VM, LibvirtTest
+
+# QEMU before 9.0 loses what a guest under TCG writes at the wrong moment of a migration ("physmem: Fix migration dirty
+# bitmap coherency with TCG memory access"), whoever asks for the migration. A guest that writes little is hardly ever hit.
+QUIET = "lab.pages=256 lab.dirty=20 lab.blocks=64 lab.writers=1 lab.delay_us=20000"
 
 
 class Moves(LibvirtTest):
+    """With what Debian has: libvirt 9.0 and QEMU 7.2."""
+
+    CMDLINE = QUIET
+
     def findings(self, result):
         return json.loads(result.stdout).get("findings", [])
 
@@ -44,7 +50,7 @@ class Moves(LibvirtTest):
 
     def test_a_transient_domain_stays_transient(self):
         name = "passing"
-        guest = self.cluster.start_domain("a", name, persistent=False, memory=64, cmdline="lab.pages=64 lab.dirty=50")
+        guest = self.cluster.start_domain("a", name, persistent=False, memory=80, cmdline="lab.pages=64 lab.dirty=20")
         try:
             wait_until(lambda: self.cluster.vm(name), "batond to know the domain", 30)
             migration = self.cluster.migrate("b", vm=name)
@@ -77,12 +83,12 @@ class Moves(LibvirtTest):
         self.assert_runs_only(source)
 
     def test_dry_run_finds_what_stands_in_the_way(self):
-        """A domain of the same name runs at the destination, and another one's bridge is not there."""
+        """Another domain of the same name is at the destination."""
         self.have_guest()
         source, destination = self.ends()
-        xml = self.cluster.domain_xml(VM, memory=64, disk="/dev/null")
+        disk = self.cluster.make_disk(os.path.join(self.lab.dir, "other.img"))
         other = self.cluster.hosts[destination]
-        path = self.cluster.write_xml("other", xml)
+        path = self.cluster.write_xml("other", self.cluster.domain_xml(VM, memory=64, disk=disk))
         other.virsh("create", path, "--paused")
         try:
             result = self.cluster.ctl("migrate", VM, "--to", destination, "--dry-run", "-o", "json", check=False)
@@ -166,6 +172,8 @@ class Moves(LibvirtTest):
 class CopiedDisks(LibvirtTest):
     """Each host has a disk of its own; QEMU copies it over NBD."""
 
+    BACKPORTS = {"a": "qemu", "b": "qemu"}
+
     PRIVATE = True
 
     def test_there_and_back(self):
@@ -179,14 +187,95 @@ class CopiedDisks(LibvirtTest):
         self.assertEqual(result.returncode, 10, result.stdout + result.stderr)
 
 
+class Many(LibvirtTest):
+    """Twenty guests, four at a time. What the programs hold afterwards is what they held before."""
+
+    COUNT = 20
+    # Less than this the Debian kernel does not start in.
+    MEMORY = 80
+    CMDLINE = "lab.pages=256 lab.dirty=20 lab.blocks=64 lab.writers=1 lab.delay_us=50000"
+
+    BATOND = {"limits": {"outgoing_per_host": 4, "incoming_per_host": 4, "cluster": 16}}
+
+    def test_twenty_guests_leave_nothing_behind(self):
+        # What is made once, with the first migration, is no leak.
+        self.have_guest("a")
+        self.move("b")
+        self.lose_guest()
+        wait_until(lambda: self.vm() is None, "batond to forget the first guest", 30)
+        before = self.held_by_programs()
+        names = [f"many{number}" for number in range(self.COUNT)]
+        guests = [self.cluster.start_domain("a", name, persistent=False, memory=self.MEMORY, cmdline=self.CMDLINE,
+                                            wait=False) for name in names]
+        for guest in guests:
+            guest.wait_ready(120)
+        wait_until(lambda: self.known() >= set(names), "batond to know all domains", 30)
+        migrations = [self.cluster.migrate("b", vm=name, wait=False)["name"] for name in names]
+        most = 0
+        waiting = set(migrations)
+        while waiting:
+            records = [self.cluster.migration(name) or {} for name in waiting]
+            # Those above the limit have not left QUEUED.
+            most = max(most, sum(r.get("phase") not in ("QUEUED", "SUCCEEDED", "FAILED", "CANCELLED") for r in records))
+            for record in records:
+                if record.get("phase") in ("SUCCEEDED", "FAILED", "CANCELLED"):
+                    self.assertEqual((record["phase"], record["guest_location"]), ("SUCCEEDED", "DESTINATION"),
+                                     summary(record))
+                    waiting.discard(record["name"])
+        self.assertEqual(most, 4)
+        self.assertEqual(sorted(self.cluster.hosts["b"].domains()), sorted(names))
+        self.assertEqual(self.cluster.hosts["a"].domains(), [])
+        for guest in guests:
+            guest.wait_writes(1)
+            result, sentence = guest.verify(go_on=False)
+            self.assertEqual((result["errors"], result["memory_errors"]), ("0", "0"), result["line"])
+            self.assertIn("none lost, none repeated", sentence)
+        for name in names:
+            self.cluster.hosts["b"].virsh("destroy", name)
+        wait_until(lambda: not self.known(), "batond to forget all domains", 30)
+        wait_until(lambda: self.held_by_programs() == before, lambda: f"what was held before: {before}, and now "
+                   f"{self.held_by_programs()}", 30, pause=0.2)
+
+    def known(self):
+        return {vm["name"].split("/")[1] for vm in (self.cluster.get("vms") or {"vms": []})["vms"]}
+
+    def held_by_programs(self):
+        """Processes of the lab and their descriptors and threads, sockets and other files of the hosts."""
+        held = {}
+        for process in self.lab.find():
+            if process.program in ("sleep", "virsh"):
+                continue
+            count = held.setdefault(f"{process.program}@{process.host}", {"processes": 0, "descriptors": 0, "sockets": 0})
+            links = self.links(process.pid)
+            count["processes"] += 1
+            count["descriptors"] += len(links)
+            count["sockets"] += sum(link.startswith("socket:") for link in links)
+            # libvirtd's pool of workers grows with what it is asked at once, and stays.
+            if process.program.startswith("baton"):
+                count["threads"] = count.get("threads", 0) + len(os.listdir(f"/proc/{process.pid}/task"))
+        for name, agent in self.cluster.agents.items():
+            held[f"files of {name}"] = sorted(
+                os.path.relpath(os.path.join(parent, file), self.lab.dir)
+                for top in (agent.run_dir, agent.state_dir, agent.libvirt.run_dir) for parent, _, files in os.walk(top)
+                for file in files)
+        return held
+
+    @staticmethod
+    def links(pid):
+        found = []
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                found.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+            except FileNotFoundError:
+                pass
+        return found
+
+
 class Versions(LibvirtTest):
     """libvirt 9.0 with QEMU 7.2 at host a, libvirt 11.3 with QEMU 10.0 from backports at host b."""
 
-    @classmethod
-    def make_cluster(cls):
-        result = subprocess.run([os.path.join(ROOT, "tests/lab/backports_libvirt.sh")], check=True, capture_output=True,
-                                text=True)
-        return LibvirtCluster(cls.lab, secure=cls.SECURE, usr={"b": os.path.join(result.stdout.strip(), "usr")})
+    CMDLINE = QUIET
+    BACKPORTS = {"b": "libvirt"}
 
     def test_there_and_back(self):
         self.have_guest("a")

@@ -140,6 +140,7 @@ class Batond:
             # Short, so that tests need not wait long until a dead agent counts as dead.
             "heartbeat": {"interval": "500ms", "timeout": "3s"},
         }
+        settings.update(cluster.batond_settings)
         if network.secure:
             settings["tls"] = cluster.authority.issue("batond", "/CN=batond", network.all_addresses("control"))
         with open(self.config, "w", encoding="utf-8") as file:
@@ -283,6 +284,8 @@ class Cluster:
 
     # What a host is made of.
     agent_class = Agent
+    # Beside what every batond of a lab is told.
+    batond_settings = {}
 
     def __init__(self, lab, secure=False, qemu=None, kvm=False, storage_program="qemu-storage-daemon",
                  second_disk=False, small_disks=False, lab_storage=None, lab_guest=False):

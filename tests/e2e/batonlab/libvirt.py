@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import time
 import uuid
 
@@ -72,6 +73,13 @@ DOMAIN = """<domain type='qemu'>
 """
 
 
+def backports(what):
+    """Directory with what lies over a host's /usr: "qemu", or "libvirt", which comes with that QEMU."""
+    script = os.path.join(ROOT, f"tests/lab/backports_{what}.sh")
+    directory = subprocess.run([script], check=True, capture_output=True, text=True).stdout.strip()
+    return os.path.join(directory, "usr" if what == "libvirt" else "root/usr")
+
+
 class LibvirtHost:
     """The namespaces of one host, and its daemons."""
 
@@ -88,7 +96,7 @@ class LibvirtHost:
         os.makedirs(os.path.join(self.dir, "lib/images"))
         # What lies over its /usr: another libvirt and QEMU than the installed ones.
         self.usr = cluster.usr.get(name)
-        self.known = CAPABILITIES + ("-backports" if self.usr else "")
+        self.known = CAPABILITIES + (self.usr or "").replace("/", "-")
         self.capabilities = os.path.join(self.dir, "cache/qemu/capabilities")
         if os.path.isdir(self.known):
             shutil.copytree(self.known, self.capabilities)
@@ -191,6 +199,18 @@ class LibvirtHost:
     def console(self, name):
         return os.path.join(self.run_dir, f"{name}.console")
 
+    def connected(self, end):
+        """How many connections there are to unix sockets of this host whose path ends so."""
+        with open(f"/proc/{self.holder.pid}/net/unix", encoding="utf-8") as table:
+            # Columns: …, state (03: connected), inode, path.
+            return sum(words[5] == "03" and words[-1].endswith(end) for words in map(str.split, table) if len(words) > 7)
+
+    def unread(self):
+        """Of what its clients have told libvirtd and it has not read, the most of one connection, in bytes."""
+        result = self.cluster.lab.run([*self.prefix(), "ss", "-xnH"])
+        return max((int(words[2]) for words in map(str.split, result.stdout.splitlines())
+                    if words[4].endswith("/libvirt-sock") and words[1] == "ESTAB"), default=0)
+
     def private_disk(self, name):
         """The domain's disk where each host has its own, as seen from outside."""
         return os.path.join(self.dir, "lib/images", f"{name}.img")
@@ -199,12 +219,11 @@ class LibvirtHost:
 class LibvirtAgent(Agent):
     """A host with a libvirt, and its agent."""
 
-    host_class = LibvirtHost
-
     def __init__(self, cluster, name):
         super().__init__(cluster, name)
-        self.libvirt = self.host_class(cluster, name)
-        self.settings["libvirt"] = "qemu:///system"
+        self.libvirt = cluster.host_class(cluster, name)
+        # Domains have their disks in the lab's directory, which is one for both hosts.
+        self.settings["libvirt"] = {"uri": "qemu:///system", "shared": [cluster.lab.dir]}
         self.settings["log"] = {"level": "debug"}
         del self.settings["backends"]
         self.write_config()
@@ -221,8 +240,8 @@ class LibvirtAgent(Agent):
         return [os.path.join(parent, name) for name in os.listdir(parent)] if os.path.isdir(parent) else []
 
     def migration_directories(self):
-        """Below run_dir, of migrations that are under way or have left something."""
-        parents = [os.path.join(self.run_dir, name) for name in ("vms", "tunnels")]
+        """Of migrations that are under way or have left something."""
+        parents = [os.path.join(self.run_dir, "vms"), os.path.join(self.libvirt.run_dir, "baton-libvirt")]
         return [os.path.join(parent, name) for parent in parents if os.path.isdir(parent) for name in os.listdir(parent)]
 
     def paused_at(self, point, vm=None):
@@ -290,12 +309,15 @@ def console_session(path, letter, find, deadline):
 
 class LibvirtCluster(Cluster):
     """batond and two hosts with libvirt. Domains have their disk in the lab's directory, which both hosts see, or, with
-    `private`, each host's own below /var/lib/libvirt/images. `usr`: by host, what lies over its /usr."""
+    `private`, each host's own below /var/lib/libvirt/images. `usr`: by host, what lies over its /usr; `host_class`: what a
+    host is made of."""
 
     agent_class = LibvirtAgent
 
-    def __init__(self, lab, usr=None, **options):
+    def __init__(self, lab, usr=None, batond_settings=None, host_class=LibvirtHost, **options):
+        self.host_class = host_class
         self.usr = usr or {}
+        self.batond_settings = batond_settings or {}
         super().__init__(lab, **options)
         self.machine = "pc-q35-7.2"
         self.emulator = "/usr/bin/qemu-system-x86_64"
@@ -316,22 +338,27 @@ class LibvirtCluster(Cluster):
                   "console": CONSOLE.format(name=name), **fields}
         return DOMAIN.format(name=name, memory=memory, cmdline=cmdline, guest_dir=self.guest_dir, disk=disk, **fields)
 
+    @staticmethod
+    def make_disk(path):
+        with open(path, "wb") as file:
+            file.truncate(DISK_SIZE)
+        return path
+
     def write_xml(self, name, xml):
         path = os.path.join(self.lab.dir, f"{name}.xml")
         with open(path, "w", encoding="utf-8") as file:
             file.write(xml)
         return path
 
-    def start_domain(self, host="a", name="web1", private=False, persistent=True, **options):
-        """Defines and starts a domain with the lab guest, and waits until it works."""
+    def start_domain(self, host="a", name="web1", private=False, persistent=True, wait=True, **options):
+        """Defines and starts a domain with the lab guest and, unless told otherwise, waits until it works."""
         if private:
             images, disk = [agent.private_disk(name) for agent in self.hosts.values()], PRIVATE_DISK.format(name=name)
         else:
             disk = os.path.join(self.lab.dir, f"{name}.img")
             images = [disk]
         for image in images:
-            with open(image, "wb") as file:
-                file.truncate(DISK_SIZE)
+            self.make_disk(image)
         path = self.write_xml(name, self.domain_xml(name, disk=disk, **options))
         libvirt = self.hosts[host]
         if persistent:
@@ -340,8 +367,9 @@ class LibvirtCluster(Cluster):
         else:
             libvirt.virsh("create", path)
         guest = DomainGuest(self, name, None if private else disk)
-        guest.wait_ready()
-        guest.wait_writes(1)
+        if wait:
+            guest.wait_ready()
+            guest.wait_writes(1)
         return guest
 
     # --- what both daemons say ---

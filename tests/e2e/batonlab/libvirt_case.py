@@ -4,7 +4,7 @@ import signal
 from .case import ClusterTest
 from .cluster import summary
 from .lab import LabError, wait_until
-from .libvirt import LibvirtCluster
+from .libvirt import LibvirtCluster, backports
 
 VM = "web1"
 
@@ -20,9 +20,14 @@ class LibvirtTest(ClusterTest):
     # Disks of their own at each host, which the migration copies.
     PRIVATE = False
 
+    # What hosts have from backports instead of the installed ones: "qemu" or "libvirt", by host.
+    BACKPORTS = {}
+    BATOND = {}
+
     @classmethod
     def make_cluster(cls):
-        return LibvirtCluster(cls.lab, secure=cls.SECURE)
+        return LibvirtCluster(cls.lab, secure=cls.SECURE, batond_settings=cls.BATOND,
+                              usr={host: backports(what) for host, what in cls.BACKPORTS.items()})
 
     def have_guest(self, host=None):
         cls = type(self)
@@ -89,6 +94,11 @@ class LibvirtTest(ClusterTest):
         self.hold("libvirtd", self.destination)
         self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited")
         self.wait_state(self.source, "paused (migrating)", name)
+        # The guest's last state is sent after it was stopped. What libvirt tells the other daemon after that has an XML
+        # document in it; everything else that it has not read yet is small.
+        libvirt = self.cluster.hosts[self.destination]
+        wait_until(lambda: not libvirt.connected("/vmm") and libvirt.unread() > 300,
+                   lambda: f"the end of QEMU's part of {self.describe(name)}; {libvirt.unread()} bytes unread", 30)
         if point == "confirm":
             self.hold("baton-shim", self.source)
             self.let_go("libvirtd", self.destination)

@@ -49,7 +49,9 @@ if [ -n "$hold" ]; then
   if [ $# != 0 ]; then
     mount -t overlay -o "lowerdir=$1:/usr" overlay /usr
     # Neither libvirtd nor QEMU starts that finds modules of another version there.
-    for modules in lib/x86_64-linux-gnu/{libvirt,qemu}; do mount --bind "$1/$modules" "/usr/$modules"; done
+    for modules in lib/x86_64-linux-gnu/{libvirt,qemu}; do
+      [ ! -d "$1/$modules" ] || mount --bind "$1/$modules" "/usr/$modules"
+    done
   fi
   touch "$dir/ready"
   exec sleep infinity
