@@ -46,6 +46,8 @@ class DeviceSet {
   virtual absl::StatusOr<v1::DeviceStates> CollectStates(const memory::GuestRam& ram, Deadline deadline) = 0;
   // Time from the first to the last queue stopped, of the slowest device.
   virtual Duration stop_duration() const = 0;
+  // When the first queue of any device began to stop, CLOCK_MONOTONIC; 0 if that is not known.
+  virtual int64_t stop_began_ns() const { return 0; }
   // How each device stopped, for the report.
   virtual std::vector<v1::DeviceStop> stops() const = 0;
   // The migration was given up: stops are ordinary again. Idempotent.

@@ -57,6 +57,15 @@ class MediatorDevices final : public DeviceSet {
     return longest;
   }
 
+  int64_t stop_began_ns() const override {
+    int64_t first = 0;
+    for (const vhost::Mediator* mediator : mediators_) {
+      const int64_t began = mediator->stop_began_ns();
+      if (began != 0 && (first == 0 || began < first)) first = began;
+    }
+    return first;
+  }
+
   std::vector<v1::DeviceStop> stops() const override {
     std::vector<v1::DeviceStop> stops;
     for (const vhost::Mediator* mediator : mediators_) stops.push_back(mediator->stop());

@@ -3,6 +3,7 @@
 //   main     Freeze | states | harvest, last pages ... harvest | round end | Yield | verdict
 //   journal                  | YIELDED + fsync .........|
 //   relay                    | VMM state: continue, read to the end |
+#include <algorithm>
 #include <thread>
 
 #include "agent/migration/source_impl.h"
@@ -61,6 +62,10 @@ absl::Status OutgoingMigration::Impl::FreezeGuest(Deadline deadline) {
   frozen_ = true;
   const int64_t told = p_.driver.frozen_at_ns();
   blackout_.frozen_at_ns = told >= begin_ns ? told : begin_ns;
+  // QEMU tells of its stop once its devices have stopped, too (do_vm_stop), and one that drains takes its
+  // time.
+  if (const int64_t devices = p_.devices.stop_began_ns(); devices >= begin_ns)
+    blackout_.frozen_at_ns = std::min(blackout_.frozen_at_ns, devices);
   blackout_.devices_stopped_ns = MonotonicNs();
   // Before the vCPUs stop the guest still runs: that part of Freeze is no blackout.
   Mark("freeze", begin + Duration(blackout_.frozen_at_ns - begin_ns));

@@ -338,6 +338,7 @@ absl::StatusOr<v1::DeviceState> Mediator::CollectState(Deadline deadline) {
   return impl_->CollectState(deadline);
 }
 v1::DeviceStop Mediator::stop() const { return impl_->stop(); }
+int64_t Mediator::stop_began_ns() const { return impl_->stop_began_ns(); }
 bool Mediator::TakesInflight() const { return impl_->TakesInflight(); }
 bool Mediator::OrdersInflight() const { return impl_->OrdersInflight(); }
 absl::Status Mediator::DisarmStop() { return impl_->DisarmStop(); }

@@ -181,6 +181,8 @@ class Mediator {
   // How the stop of CollectState went: what was done, how long it took from the first to the last queue, how
   // many requests go over, and why it drained although handoff was asked for.
   v1::DeviceStop stop() const;
+  // When its first queue began to stop, CLOCK_MONOTONIC; 0 before that.
+  int64_t stop_began_ns() const;
   // The migration was given up: stops are ordinary again. Idempotent.
   absl::Status DisarmStop();
 

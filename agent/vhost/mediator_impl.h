@@ -108,6 +108,7 @@ class Mediator::Impl {
   absl::Status ArmStop(StopOrder order);
   absl::StatusOr<v1::DeviceState> CollectState(Deadline deadline);
   v1::DeviceStop stop() const;
+  int64_t stop_began_ns() const;
   bool TakesInflight() const;
   bool OrdersInflight() const { return quirks_.replays_in_order; }
   absl::Status DisarmStop();

@@ -78,6 +78,11 @@ v1::DeviceStop Mediator::Impl::stop() const {
   return out;
 }
 
+int64_t Mediator::Impl::stop_began_ns() const {
+  std::lock_guard lock(mutex_);
+  return stop_began_ ? std::chrono::nanoseconds(stop_began_->time_since_epoch()).count() : 0;
+}
+
 bool Mediator::Impl::TakesInflight() const {
   std::lock_guard lock(mutex_);
   return published_.no_takeover().empty() && published_.state() != v1::Device::BACKEND_LOST &&

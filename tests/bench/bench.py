@@ -204,6 +204,7 @@ def handoff(lab, runs):
     def note(name, inside, reported):
         figures[name]["inside"].append(inside)
         figures[name]["reported"].append(reported)
+        say(f"  {name:8} stopped {inside:7.1f} ms, reported {reported:7.1f} ms")
 
     with Cluster(lab, second_disk=True, lab_storage=[]) as cluster:
         guest = cluster.start_guest("a", cmdline=cmdline)

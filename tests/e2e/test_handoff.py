@@ -68,6 +68,7 @@ class Handoff(ClusterTest):
         progress = migration["progress"]
         self.assertEqual([stop["answer"] for stop in progress["device_stops"]], ["DRAIN"])
         self.assertGreater(seconds(progress["drain"]), 0.3)
+        self.assertGreater(seconds(progress["downtimes"]["vcpu"]), seconds(progress["drain"]))
         self.assert_runs_only(destination)
         self.assert_clean()
 
