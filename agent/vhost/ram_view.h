@@ -18,13 +18,18 @@ class RamView final : public virtio::MemoryView {
       pieces_.push_back({range.gpa, range.size, ram.blocks()[range.block].base() + range.offset});
   }
   absl::Status Read(uint64_t gpa, void* out, size_t size) const override {
+    const uint8_t* at = RamView::Mapped(gpa, size);
+    if (!at)
+      return Error(absl::StatusCode::kOutOfRange, "[{:#x}, {:#x}) is not guest memory", gpa, gpa + size);
+    std::memcpy(out, at, size);
+    return absl::OkStatus();
+  }
+  const uint8_t* Mapped(uint64_t gpa, size_t size) const override {
     for (const Piece& piece : pieces_) {
       const uint64_t at = gpa - piece.gpa;
-      if (gpa < piece.gpa || at >= piece.size || size > piece.size - at) continue;
-      std::memcpy(out, piece.base + at, size);
-      return absl::OkStatus();
+      if (gpa >= piece.gpa && at < piece.size && size <= piece.size - at) return piece.base + at;
     }
-    return Error(absl::StatusCode::kOutOfRange, "[{:#x}, {:#x}) is not guest memory", gpa, gpa + size);
+    return nullptr;
   }
 
  private:

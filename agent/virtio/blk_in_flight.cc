@@ -113,7 +113,13 @@ class BlkReader {
   }
 
   bool Append(uint64_t addr, uint32_t len) {
-    if (!memory_.Read(addr, head_.data() + head_size_, len).ok()) return false;
+    // Nearly always a whole header: a copy of constant size, of thousands while the guest stands still.
+    const uint8_t* at = len == kBlkHeaderBytes ? memory_.Mapped(addr, kBlkHeaderBytes) : nullptr;
+    if (at) {
+      std::memcpy(head_.data() + head_size_, at, kBlkHeaderBytes);
+    } else if (!memory_.Read(addr, head_.data() + head_size_, len).ok()) {
+      return false;
+    }
     head_size_ += len;
     return true;
   }

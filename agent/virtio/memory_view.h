@@ -18,6 +18,10 @@ class MemoryView {
   // Copies [gpa, gpa + size) to `out`. OutOfRange when any byte of it lies outside guest memory.
   virtual absl::Status Read(uint64_t gpa, void* out, size_t size) const = 0;
 
+  // The bytes themselves, to be copied once like those of Read; null where they cannot be had, and Read says
+  // why or has them.
+  virtual const uint8_t* Mapped(uint64_t /*gpa*/, size_t /*size*/) const { return nullptr; }
+
   // A little-endian u16 (hosts of this program are little-endian).
   absl::StatusOr<uint16_t> ReadU16(uint64_t gpa) const {
     uint16_t value = 0;
