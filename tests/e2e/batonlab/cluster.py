@@ -79,21 +79,20 @@ class LabStorage:
         self.socket = os.path.join(cluster.lab.dir, f"{host}-disk0.sock")
         self.second_socket = os.path.join(cluster.lab.dir, f"{host}-disk1.sock")
         self.control = os.path.join(cluster.lab.dir, f"{host}-disk0.control")
+        self.second_control = os.path.join(cluster.lab.dir, f"{host}-disk1.control")
         self.processes = []
 
     def start(self):
         program = self.cluster.lab.program("baton-lab-device")
-        sockets = list(zip((self.socket, self.second_socket), self.cluster.images))
+        sockets = list(zip((self.socket, self.second_socket), (self.control, self.second_control), self.cluster.images))
         # What a killed one left behind would look like one that is ready.
-        for path in (self.socket, self.second_socket, self.control):
+        for path in (self.socket, self.second_socket, self.control, self.second_control):
             if os.path.exists(path):
                 os.unlink(path)
-        for number, (path, image) in enumerate(sockets):
-            words = [program, "--socket", path, "--image", image, *self.options]
-            if number == 0:
-                words += ["--control", self.control]
+        for number, (path, control, image) in enumerate(sockets):
+            words = [program, "--socket", path, "--image", image, "--control", control, *self.options]
             self.processes.append(self.cluster.lab.spawn(words, f"storage-{self.host}-{number}", host=self.host))
-        wait_until(lambda: all(os.path.exists(path) for path, _ in sockets) and self.answers(), f"lab device {self.host}")
+        wait_until(lambda: all(os.path.exists(path) for path, _, _ in sockets) and self.answers(), f"lab device {self.host}")
 
     def answers(self):
         try:
@@ -101,10 +100,11 @@ class LabStorage:
         except LabError:
             return False
 
-    def set(self, **settings):
+    def set(self, disk=0, **settings):
         """Faults and latencies, from now on."""
         command = json.dumps({"cmd": "set", **settings})
-        self.cluster.lab.run([self.cluster.lab.program("baton-lab-device"), "ctl", self.control, command])
+        self.cluster.lab.run([self.cluster.lab.program("baton-lab-device"), "ctl",
+                              self.second_control if disk else self.control, command])
 
     def stats(self):
         result = self.cluster.lab.run([self.cluster.lab.program("baton-lab-device"), "ctl", self.control,

@@ -300,16 +300,19 @@ class StopMeter {
       int64_t seconds = (second + 60 - tick_second_) % 60;
       int64_t stop = seconds * (static_cast<int64_t>(kMillion) + drift_) - static_cast<int64_t>(now - tick_);
       if (stop > kSmallestStop + error + tick_error_) {
+        // A tick within a stop is seen at its end, and the next one tells of the rest.
+        stopped_ += stop;
         stops++;
-        StoreMax(longest_stop, stop);
+        StoreMax(longest_stop, stopped_);
         io_gap.Stopped(stop);
         cpu_gap.Stopped(stop);
       } else if (error > kSharp && tick_error_ <= kSharp) {
         // The better tick before stays the one to measure from.
         return;
-      } else if (seconds > 0 && error <= kSharp && tick_error_ <= kSharp) {
+      } else {
+        stopped_ = 0;
         // The guest's idea of a second, corrected slowly.
-        drift_ += (-stop / seconds) / 4;
+        if (seconds > 0 && error <= kSharp && tick_error_ <= kSharp) drift_ += (-stop / seconds) / 4;
       }
     }
     io_gap.recent = 0;
@@ -321,7 +324,7 @@ class StopMeter {
 
   unsigned second_ = 60, tick_second_ = 0;
   uint64_t seen_ = 0, tick_ = 0, rough_ = 0;
-  int64_t drift_ = 0, tick_error_ = 0;
+  int64_t drift_ = 0, tick_error_ = 0, stopped_ = 0;
 };
 
 void* RunTimer(void*) {
