@@ -14,6 +14,15 @@ absl::Status ValidateShimConfig(const v1::ShimConfig& config) {
   if (config.mode() == v1::ShimConfig::MODE_UNSPECIFIED) return missing("mode");
   if (config.run_dir().empty()) return missing("run_dir");
   if (config.state_dir().empty()) return missing("state_dir");
+  if (config.mode() == v1::ShimConfig::DOMAIN) {
+    if (config.libvirt_uri().empty()) return missing("libvirt_uri");
+    if (config.domain_uuid().empty()) return missing("domain_uuid");
+    if (config.migration_id().empty()) return absl::OkStatus();
+    if (config.token().empty()) return missing("token");
+    if (config.domain().tunnel_dir().empty()) return missing("domain.tunnel_dir");
+    if (config.domain_host().socket().empty()) return missing("domain_host.socket");
+    return CheckUnixPath(config.domain().tunnel_dir() + "/libvirt");
+  }
   if (config.memory_path().empty()) return missing("memory_path");
   if (config.qemu_path().empty()) return missing("qemu_path");
   v1::VmSpec spec = config.spec();
@@ -48,7 +57,7 @@ absl::StatusOr<ConfigStore> ConfigStore::Load(const std::string& dir) {
   v1::ShimConfig config;
   RETURN_IF_ERROR(ReadMessage(path, &config));
   RETURN_IF_ERROR(ValidateShimConfig(config));
-  FillVmSpecDefaults(config.mutable_spec());
+  if (config.mode() != v1::ShimConfig::DOMAIN) FillVmSpecDefaults(config.mutable_spec());
   return ConfigStore(path, std::move(config));
 }
 

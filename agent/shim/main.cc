@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 
+#include "agent/shim/domain_shim.h"
 #include "agent/shim/shim.h"
 #include "common/log.h"
 #include "common/version.h"
@@ -23,6 +24,16 @@ void LimitMemory() {
     ::pthread_setattr_default_np(&attributes);
     ::pthread_attr_destroy(&attributes);
   }
+}
+
+template <typename Kind>
+int Serve(const std::string& dir) {
+  auto shim = Kind::Create(dir);
+  if (!shim.ok()) {
+    LOG_ERROR("cannot start: {}", baton::Message(shim.status()));
+    return 1;
+  }
+  return (*shim)->Run();
 }
 
 }  // namespace
@@ -45,10 +56,11 @@ int main(int argc, char** argv) {
   }
   log.context = "vm=" + dir.substr(dir.find_last_of('/') + 1);
   baton::InitLogging(log);
-  auto shim = baton::shim::Shim::Create(dir);
-  if (!shim.ok()) {
-    LOG_ERROR("cannot start: {}", baton::Message(shim.status()));
+  auto config = baton::shim::ConfigStore::Load(dir);
+  if (!config.ok()) {
+    LOG_ERROR("cannot start: {}", baton::Message(config.status()));
     return 1;
   }
-  return (*shim)->Run();
+  return config->Get().mode() == baton::v1::ShimConfig::DOMAIN ? Serve<baton::shim::DomainShim>(dir)
+                                                               : Serve<baton::shim::Shim>(dir);
 }

@@ -146,15 +146,7 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
 
   absl::Status Call(const std::string& what, std::function<absl::Status(virConnectPtr)> call,
                     Deadline deadline) {
-    virConnectPtr connection = nullptr;
-    {
-      std::lock_guard lock(mutex_);
-      if (!connection_)
-        return Error(absl::StatusCode::kUnavailable, "libvirt {}: {}", options_.uri,
-                     trouble_.empty() ? "not connected yet" : trouble_);
-      connection = connection_;
-      virConnectRef(connection);
-    }
+    ASSIGN_OR_RETURN(virConnectPtr connection, Hold());
     return Detached(
         what,
         [connection, call = std::move(call)] {
@@ -165,7 +157,49 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
         [connection] { virConnectClose(connection); }, deadline);
   }
 
+  absl::Status Begin(const std::string& what, std::function<absl::Status(virConnectPtr)> call,
+                     std::function<void(absl::Status)> done) {
+    ASSIGN_OR_RETURN(virConnectPtr connection, Hold());
+    if (absl::Status taken = TakePlace(what); !taken.ok()) {
+      virConnectClose(connection);
+      return taken;
+    }
+    std::thread([self = shared_from_this(), connection, call = std::move(call), done = std::move(done)] {
+      absl::Status status = call(connection);
+      virConnectClose(connection);
+      done(std::move(status));
+      self->GivePlaceBack();
+    }).detach();
+    return absl::OkStatus();
+  }
+
  private:
+  // A reference to the connection, to be given back with virConnectClose.
+  absl::StatusOr<virConnectPtr> Hold() {
+    std::lock_guard lock(mutex_);
+    if (!connection_)
+      return Error(absl::StatusCode::kUnavailable, "libvirt {}: {}", options_.uri,
+                   trouble_.empty() ? "not connected yet" : trouble_);
+    virConnectRef(connection_);
+    return connection_;
+  }
+
+  absl::Status TakePlace(const std::string& what) {
+    std::lock_guard lock(mutex_);
+    if (calls_ >= options_.max_calls)
+      return Error(absl::StatusCode::kResourceExhausted,
+                   "libvirt {}: {}: {} calls have not returned; is its daemon or a QEMU monitor stuck?",
+                   options_.uri, what, calls_);
+    ++calls_;
+    return absl::OkStatus();
+  }
+
+  void GivePlaceBack() {
+    std::lock_guard lock(mutex_);
+    --calls_;
+    changed_.notify_all();
+  }
+
   // For calls that are about to end when the connection goes.
   static constexpr auto kPatience = std::chrono::seconds(2);
 
@@ -178,15 +212,9 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
   // Runs `work` on a thread that nobody has to wait for; `refused` instead when there are too many.
   absl::Status Detached(const std::string& what, std::function<absl::Status()> work,
                         const std::function<void()>& refused, Deadline deadline) {
-    {
-      std::lock_guard lock(mutex_);
-      if (calls_ >= options_.max_calls) {
-        refused();
-        return Error(absl::StatusCode::kResourceExhausted,
-                     "libvirt {}: {}: {} calls have not returned; is its daemon or a QEMU monitor stuck?",
-                     options_.uri, what, calls_);
-      }
-      ++calls_;
+    if (absl::Status taken = TakePlace(what); !taken.ok()) {
+      refused();
+      return taken;
     }
     auto pending = std::make_shared<Pending>();
     std::thread([self = shared_from_this(), pending, work = std::move(work)] {
@@ -196,9 +224,7 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
         pending->status = std::move(status);
       }
       pending->changed.notify_all();
-      std::lock_guard lock(self->mutex_);
-      --self->calls_;
-      self->changed_.notify_all();
+      self->GivePlaceBack();
     }).detach();
     std::unique_lock lock(pending->mutex);
     if (!pending->changed.wait_until(lock, deadline.when(), [&] { return pending->status.has_value(); }))
@@ -430,6 +456,11 @@ LibvirtConnection::~LibvirtConnection() { impl_->Stop(); }
 const std::string& LibvirtConnection::uri() const { return impl_->uri(); }
 bool LibvirtConnection::connected() const { return impl_->connected(); }
 std::string LibvirtConnection::trouble() const { return impl_->trouble(); }
+absl::Status LibvirtConnection::Begin(const std::string& what,
+                                      std::function<absl::Status(virConnectPtr)> call,
+                                      std::function<void(absl::Status)> done) {
+  return impl_->Begin(what, std::move(call), std::move(done));
+}
 absl::Status LibvirtConnection::Call(const std::string& what, std::function<absl::Status(virConnectPtr)> call,
                                      Deadline deadline) {
   return impl_->Call(what, std::move(call), deadline);

@@ -84,6 +84,10 @@ class LibvirtConnection {
   // since it may outlive the caller. ResourceExhausted when max_calls hang.
   absl::Status Call(const std::string& what, std::function<absl::Status(virConnectPtr)> call,
                     Deadline deadline);
+  // The same for a call that may last for hours: returns at once, and `done` hears the outcome on the call's
+  // thread, once, also after this object is gone. An error that is returned comes instead of `done`.
+  absl::Status Begin(const std::string& what, std::function<absl::Status(virConnectPtr)> call,
+                     std::function<void(absl::Status)> done);
 
  private:
   class Impl;

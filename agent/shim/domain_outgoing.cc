@@ -1,0 +1,443 @@
+#include "agent/shim/domain_outgoing.h"
+
+#include <libvirt/libvirt.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "agent/stream/preamble.h"
+#include "common/durable_file.h"
+#include "common/log.h"
+#include "common/pause_point.h"
+
+namespace baton::shim {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+// Of a libvirt call that only asks or sets.
+constexpr Duration kCallTimeout = seconds(5);
+// For both libvirts to be connected before the start.
+constexpr Duration kConnectTimeout = seconds(20);
+// libvirt tells of iterations; within one, nothing tells how far it is.
+constexpr Duration kLookInterval = seconds(1);
+// Between attempts to end a job that libvirt has not yet begun or cannot end just now.
+constexpr Duration kAbortInterval = milliseconds(200);
+// A job that does not end although it was told to is ended by taking its connections away.
+constexpr Duration kAbortPatience = seconds(10);
+constexpr int kMaxRounds = 1000;
+
+bool PostCopyOnStall(const v1::MigrationParams& params) {
+  return params.on_stall() == v1::ON_STALL_POSTCOPY && params.post_copy();
+}
+
+migration::ConvergenceLimits LimitsOf(const v1::MigrationParams& params) {
+  migration::ConvergenceLimits limits;
+  limits.max_downtime =
+      migration::DurationOr(params.has_max_downtime(), params.max_downtime(), milliseconds(300));
+  if (params.max_stalled_rounds() > 0) limits.max_stalled_rounds = params.max_stalled_rounds();
+  if (params.on_stall() != v1::ON_STALL_UNSPECIFIED) limits.on_stall = params.on_stall();
+  // kAbort stands for "no further progress" then, and StartPostCopy() is the answer to it.
+  if (PostCopyOnStall(params)) limits.on_stall = v1::ON_STALL_ABORT;
+  return limits;
+}
+
+}  // namespace
+
+DomainOutgoing::DomainOutgoing(DomainOutgoingParts parts, const v1::StartOutgoingCommand& command,
+                               bool resume)
+    : p_(std::move(parts)),
+      command_(command),
+      resume_(resume),
+      reporter_(command.migration_id(), command.vm(), v1::ROLE_SOURCE, command.epoch(), p_.on_report),
+      uuid_(p_.config.Get().domain_uuid()),
+      mover_(p_.local, uuid_),
+      convergence_(LimitsOf(command.params())) {
+  thread_ = std::thread([this] { Run(); });
+}
+
+DomainOutgoing::~DomainOutgoing() {
+  mail_->Stop();
+  thread_.join();
+  CloseTunnel();
+}
+
+bool DomainOutgoing::ended() const {
+  std::lock_guard lock(mutex_);
+  return ended_;
+}
+
+absl::Status DomainOutgoing::Cancel() {
+  {
+    std::lock_guard lock(mutex_);
+    if (yielded_ && !ended_)
+      return Error(absl::StatusCode::kFailedPrecondition,
+                   "the guest of migration {} was handed over; what became of it is being found out", id());
+    if (!ended_ && !end_) end_ = Wish{v1::CANCELLED_BY_REQUEST, "cancelled on request"};
+  }
+  mail_->Wake();
+  return absl::OkStatus();
+}
+
+absl::Status DomainOutgoing::Retune(const v1::RetuneCommand& command) {
+  {
+    std::lock_guard lock(mutex_);
+    if (ended_) return absl::FailedPreconditionError("the migration has ended");
+    if (command.has_bandwidth()) bandwidth_ = command.bandwidth();
+    if (command.has_max_downtime()) max_downtime_ = migration::ToDuration(command.max_downtime());
+  }
+  mail_->Wake();
+  return absl::OkStatus();
+}
+
+absl::Status DomainOutgoing::Resolve(const v1::ResolveCommand& command) {
+  {
+    std::lock_guard lock(mutex_);
+    if (ended_) return absl::OkStatus();
+    if (command.fenced()) {
+      if (!yielded_)
+        return absl::FailedPreconditionError("the guest was not given away; nothing is to be resolved");
+      fenced_ = true;
+    } else if (command.verdict() == v1::OWNER || command.verdict() == v1::REFUSED) {
+      verdict_ = command.verdict();
+    } else {
+      return absl::InvalidArgumentError("a verdict is OWNER or REFUSED");
+    }
+  }
+  mail_->Wake();
+  return absl::OkStatus();
+}
+
+void DomainOutgoing::Run() {
+  reporter_.Update([](v1::SideReport& r) { r.set_guest_running(true); });
+  if (resume_) {
+    auto now = p_.journal.Now();
+    if (now.ok() && now->state == migration::Ownership::State::kYielded &&
+        now->migration == command_.migration_id())
+      Yielded();
+    reporter_.EnterPhase(v1::PRECOPY);
+    // Without a tunnel the destination is only heard of by way of batond; it is tried again while settling.
+    if (absl::Status opened = OpenTunnel(); !opened.ok())
+      LOG_WARN("migration {}: {}", id(), Message(opened));
+    return Settle();
+  }
+  reporter_.EnterPhase(v1::PRECOPY);
+  absl::Status started = Prepare();
+  if (mail_->stopped()) return;
+  PausePoint(p_.config.Get().run_dir(), "source-prepared");
+  if (started.ok()) started = BeginCall(/*recover=*/false);
+  if (!started.ok()) return NotStarted(started);
+  Follow();
+  if (!mail_->stopped()) Settle();
+}
+
+absl::Status DomainOutgoing::Prepare() {
+  const Deadline deadline = Deadline::After(kConnectTimeout);
+  RETURN_IF_ERROR(OpenTunnel());
+  RETURN_IF_ERROR(AwaitRemote(deadline));
+  struct Here {
+    bool persistent = false, running = false;
+    std::string xml;
+  };
+  auto here = vmm::CallFor<Here>(
+      p_.local, "reading the domain",
+      [uuid = uuid_](virConnectPtr c) -> absl::StatusOr<Here> {
+        vmm::DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
+        if (!domain) return vmm::LibvirtError("domain");
+        Here out;
+        out.persistent = virDomainIsPersistent(domain.get()) == 1;
+        int state = 0;
+        if (virDomainGetState(domain.get(), &state, nullptr, 0) != 0) return vmm::LibvirtError("state");
+        out.running = state == VIR_DOMAIN_RUNNING || state == VIR_DOMAIN_BLOCKED;
+        std::unique_ptr<char, decltype(&std::free)> xml(
+            virDomainGetXMLDesc(domain.get(), VIR_DOMAIN_XML_MIGRATABLE | VIR_DOMAIN_XML_SECURE), &std::free);
+        if (!xml) return vmm::LibvirtError("XML");
+        out.xml = xml.get();
+        return out;
+      },
+      deadline);
+  if (!here.ok()) return WithReason(here.status(), v1::VM_NOT_MIGRATABLE);
+  if (!here->running)
+    return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition, "the domain does not run");
+  source_.persistent = here->persistent;
+  source_.xml = std::move(here->xml);
+  source_.disks_shared = p_.config.Get().domain_host().disks_shared();
+  return absl::OkStatus();
+}
+
+absl::Status DomainOutgoing::OpenTunnel() {
+  const v1::ShimConfig config = p_.config.Get();
+  const v1::DomainHost& host = config.domain_host();
+  const std::string& dir = command_.domain().tunnel_dir();
+  remote_.reset();
+  entrance_.reset();
+  ASSIGN_OR_RETURN(tls_, LoadPeerTls(config, command_.params().tls()));
+  RETURN_IF_ERROR(MakeTunnelDirectory(dir, host));
+  stream::TunnelEntranceOptions options;
+  for (stream::TunnelService service : stream::kTunnelServices) {
+    stream::TunnelListen listen;
+    listen.service = service;
+    listen.path = dir + "/" + stream::NameOf(service);
+    listen.uid = host.qemu_uid();
+    listen.gid = host.qemu_gid();
+    options.listen.push_back(std::move(listen));
+  }
+  options.dial.address = command_.peer_address();
+  options.dial.migration_id = command_.migration_id();
+  ASSIGN_OR_RETURN(options.dial.token, stream::MakeToken(command_.token()));
+  options.dial.tls = tls_;
+  options.callbacks.on_broken = [this](stream::TunnelService service, const absl::Status& why) {
+    LOG_WARN("migration {}: the {} connection: {}", id(), stream::NameOf(service), Message(why));
+    std::lock_guard lock(mutex_);
+    broken_ = fmt::format("{}: {}", stream::NameOf(service), Message(why));
+  };
+  auto entrance = stream::TunnelEntrance::Start(std::move(options));
+  if (!entrance.ok()) return Annotate(entrance.status(), "tunnel");
+  entrance_ = *std::move(entrance);
+  vmm::LibvirtOptions remote;
+  remote.uri = vmm::TunnelUri(command_.domain());
+  vmm::LibvirtCallbacks callbacks;
+  callbacks.on_state = [mail = mail_](bool, const std::string&) { mail->Wake(); };
+  callbacks.on_event = [mail = mail_, uuid = uuid_](const vmm::DomainEvent& event) {
+    if (event.uuid == uuid && event.kind == vmm::DomainEvent::Kind::kLifecycle) mail->Wake();
+  };
+  remote_ = vmm::LibvirtConnection::Start(std::move(remote), std::move(callbacks));
+  return absl::OkStatus();
+}
+
+void DomainOutgoing::CloseTunnel() {
+  remote_.reset();
+  const bool had = entrance_ != nullptr;
+  entrance_.reset();
+  if (!had) return;
+  if (absl::Status removed = RemoveTree(command_.domain().tunnel_dir()); !removed.ok())
+    LOG_WARN("migration {}: {}", id(), Message(removed));
+}
+
+absl::Status DomainOutgoing::AwaitRemote(Deadline deadline) {
+  while (!(remote_->connected() && p_.local.connected())) {
+    if (mail_->stopped()) return absl::CancelledError("stopped");
+    {
+      std::lock_guard lock(mutex_);
+      if (end_) return Error(end_->reason, absl::StatusCode::kAborted, "{}", end_->message);
+    }
+    if (deadline.Expired()) {
+      std::lock_guard lock(mutex_);
+      if (!p_.local.connected())
+        return Error(v1::SOURCE_VMM_FAILED, absl::StatusCode::kUnavailable, "{}", p_.local.trouble());
+      return Error(v1::PEER_CONNECTION_FAILED, absl::StatusCode::kUnavailable,
+                   "the destination's libvirt cannot be reached through {}: {}{}", command_.peer_address(),
+                   remote_->trouble(), broken_.empty() ? "" : " (" + broken_ + ")");
+    }
+    (void)mail_->Wait(deadline);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DomainOutgoing::BeginCall(bool recover) {
+  {
+    std::lock_guard lock(mutex_);
+    if (end_ && !recover) return Error(end_->reason, absl::StatusCode::kAborted, "{}", end_->message);
+  }
+  ASSIGN_OR_RETURN(vmm::MoveCall call, vmm::MakeMoveCall(source_, command_.domain(), command_.params()));
+  if (recover) call.flags |= VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_POSTCOPY_RESUME;
+  // Before the start, so that a guest that writes nothing is not gone before its limit is known.
+  absl::Status limited =
+      recover ? absl::OkStatus()
+              : mover_.SetMaxDowntime(convergence_.max_downtime(), Deadline::After(kCallTimeout));
+  if (!limited.ok()) LOG_WARN("migration {}: {}", id(), Message(limited));
+  if (!recover) {
+    deadline_ = Clock::now() + migration::DurationOr(command_.params().has_max_duration(),
+                                                     command_.params().max_duration(), std::chrono::hours(1));
+  }
+  call_active_ = true;
+  LOG_INFO("migration {}: {} to {} by libvirt", id(), recover ? "post-copy is recovered" : "the domain moves",
+           command_.peer_address());
+  absl::Status begun = mover_.Start(
+      call, [mail = mail_](absl::Status status) { mail->EndCall(std::move(status)); });
+  if (!begun.ok()) call_active_ = false;
+  return begun;
+}
+
+void DomainOutgoing::Follow() {
+  Clock::time_point look = Clock::now() + kLookInterval;
+  while (call_active_) {
+    const bool hurry = abort_since_.has_value() && !suspended_;
+    DomainMailbox::Mail mail = mail_->Wait(
+        Deadline::At(hurry ? std::min(look, Clock::now() + kAbortInterval) : look));
+    if (mail.stop) return;
+    for (const vmm::DomainEvent& event : mail.events) OnDomainEvent(event);
+    if (mail.call) {
+      call_active_ = false;
+      call_status_ = *mail.call;
+      LOG_INFO("migration {}: libvirt's call has ended: {}", id(),
+               call_status_.ok() ? "done" : Message(call_status_));
+      return;
+    }
+    if (Clock::now() >= look) {
+      Tick();
+      look = Clock::now() + kLookInterval;
+    }
+    if (Clock::now() >= deadline_ && !suspended_)
+      EndEarly(v1::PHASE_TIMEOUT, "the migration took longer than max_duration");
+    ApplyWishes();
+  }
+}
+
+void DomainOutgoing::OnDomainEvent(const vmm::DomainEvent& event) {
+  if (event.kind == vmm::DomainEvent::Kind::kMigrationIteration)
+    return OnIteration(static_cast<uint64_t>(std::max(event.event, 0)));
+  if (event.kind != vmm::DomainEvent::Kind::kLifecycle || event.event != VIR_DOMAIN_EVENT_SUSPENDED) return;
+  switch (event.detail) {
+    case VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED:
+      suspended_ = true;
+      reporter_.EnterPhase(v1::SWITCHOVER);
+      Yielded();
+      PausePoint(p_.config.Get().run_dir(), "source-yielded");
+      break;
+    case VIR_DOMAIN_EVENT_SUSPENDED_POSTCOPY:
+      suspended_ = postcopy_ = true;
+      Yielded();
+      reporter_.EnterPhase(v1::POSTCOPY);
+      break;
+    case VIR_DOMAIN_EVENT_SUSPENDED_POSTCOPY_FAILED:
+      LOG_WARN("migration {}: post-copy lost its connection", id());
+      break;
+    default:
+      break;
+  }
+}
+
+void DomainOutgoing::Tick() {
+  if (suspended_ && !postcopy_) return;
+  auto job = mover_.Job(false, Deadline::After(kCallTimeout));
+  if (!job.ok() || !job->outgoing()) return;
+  reporter_.Tick([&](v1::Progress& progress) { vmm::FillProgress(*job, &progress); });
+  // libvirt's event of an iteration may have come before its figures.
+  if (job->iteration > iteration_ && iteration_ > 0) OnIteration(job->iteration);
+}
+
+void DomainOutgoing::OnIteration(uint64_t iteration) {
+  if (iteration <= iteration_ || suspended_) return;
+  auto job = mover_.Job(false, Deadline::After(kCallTimeout));
+  if (!job.ok() || !job->outgoing()) return;
+  reporter_.Tick([&](v1::Progress& progress) { vmm::FillProgress(*job, &progress); });
+  if (iteration_ > 0) Judge(*job, iteration);
+  iteration_ = iteration;
+  before_ = *job;
+}
+
+// Iteration n begins: what n - 1 sent, and how much is left for it, is known.
+void DomainOutgoing::Judge(const vmm::JobFigures& job, uint64_t iteration) {
+  migration::RoundSample sample;
+  sample.round = static_cast<uint32_t>(std::min<uint64_t>(iteration - 2, UINT32_MAX));
+  sample.bytes = job.memory_processed - std::min(job.memory_processed, before_.memory_processed);
+  sample.duration = milliseconds(std::max<uint64_t>(1, job.elapsed_ms - std::min(job.elapsed_ms, before_.elapsed_ms)));
+  sample.dirty_bytes = job.memory_remaining;
+  const migration::ConvergenceDecision decision = convergence_.Judge(sample);
+  reporter_.Tick([&](v1::Progress& progress) {
+    *progress.mutable_forecast_downtime() = google::protobuf::Duration();
+    migration::SetDuration(progress.mutable_forecast_downtime(), decision.forecast);
+    if (progress.rounds_size() >= kMaxRounds) return;
+    v1::RoundStats* round = progress.add_rounds();
+    round->set_number(sample.round);
+    migration::SetDuration(round->mutable_duration(), sample.duration);
+    round->set_bytes(sample.bytes);
+    round->set_pages(sample.bytes / job.page_size);
+    round->set_rate(decision.rate);
+    round->set_dirty_rate(job.dirty_pages);
+    migration::SetDuration(round->mutable_forecast_downtime(), decision.forecast);
+    v1::Decision* entry = progress.add_decisions();
+    *entry->mutable_time() = migration::CurrentTime();
+    entry->set_round(sample.round);
+    entry->set_action(migration::ActionName(decision.action));
+    entry->set_why(decision.why);
+  });
+  Carry(decision);
+}
+
+// QEMU switches over by itself once its own forecast meets the limit; the policy only has to change the limit,
+// the mode, or its mind.
+void DomainOutgoing::Carry(const migration::ConvergenceDecision& decision) {
+  using Action = migration::ConvergenceDecision::Action;
+  if (postcopy_asked_) return;
+  switch (decision.action) {
+    case Action::kContinue:
+      return;
+    case Action::kRaiseDowntime:
+    case Action::kSwitchover: {
+      // Some room above the forecast, since QEMU's own is another.
+      const Duration limit = std::max(convergence_.max_downtime(),
+                                      decision.action == Action::kSwitchover ? 2 * decision.forecast : Duration(0));
+      absl::Status set = mover_.SetMaxDowntime(limit, Deadline::After(kCallTimeout));
+      if (!set.ok()) LOG_WARN("migration {}: {}", id(), Message(set));
+      return;
+    }
+    case Action::kAbort:
+      if (PostCopyOnStall(command_.params())) return StartPostCopy(decision.why);
+      return EndEarly(v1::NOT_CONVERGING, decision.why);
+  }
+}
+
+void DomainOutgoing::StartPostCopy(const std::string& why) {
+  absl::Status asked = mover_.StartPostCopy(Deadline::After(kCallTimeout));
+  if (!asked.ok()) {
+    LOG_WARN("migration {}: {}", id(), Message(asked));
+    return;
+  }
+  postcopy_asked_ = true;
+  LOG_INFO("migration {}: post-copy: {}", id(), why);
+  reporter_.Update([&](v1::SideReport& r) {
+    v1::Decision* entry = r.mutable_progress()->add_decisions();
+    *entry->mutable_time() = migration::CurrentTime();
+    entry->set_round(r.progress().round());
+    entry->set_action("postcopy");
+    entry->set_why(why);
+  });
+}
+
+void DomainOutgoing::EndEarly(const v1::Reason reason, const std::string& message) {
+  std::lock_guard lock(mutex_);
+  if (!end_) end_ = Wish{reason, message};
+}
+
+// What was asked for from outside since the last look.
+void DomainOutgoing::ApplyWishes() {
+  std::optional<uint64_t> bandwidth;
+  std::optional<Duration> max_downtime;
+  bool end = false;
+  {
+    std::lock_guard lock(mutex_);
+    bandwidth = std::exchange(bandwidth_, std::nullopt);
+    max_downtime = std::exchange(max_downtime_, std::nullopt);
+    end = end_.has_value();
+  }
+  auto again = [&](const absl::Status& status, auto& place, auto value) {
+    LOG_WARN("migration {}: {}", id(), Message(status));
+    // libvirt may not have begun the job yet.
+    std::lock_guard lock(mutex_);
+    if (!place && !suspended_) place = value;
+  };
+  if (bandwidth) {
+    absl::Status set = mover_.SetBandwidth(*bandwidth, Deadline::After(kCallTimeout));
+    if (!set.ok()) again(set, bandwidth_, *bandwidth);
+  }
+  if (max_downtime) {
+    convergence_.SetMaxDowntime(*max_downtime);
+    absl::Status set = mover_.SetMaxDowntime(*max_downtime, Deadline::After(kCallTimeout));
+    if (!set.ok()) again(set, max_downtime_, *max_downtime);
+  }
+  if (!end || suspended_) return;
+  if (!abort_since_) abort_since_ = Clock::now();
+  absl::Status aborted = mover_.Abort(Deadline::After(kCallTimeout));
+  if (!aborted.ok()) LOG_DEBUG("migration {}: {}", id(), Message(aborted));
+  if (Clock::now() - *abort_since_ > kAbortPatience && entrance_) {
+    // It hangs at the destination, in libvirt or in QEMU: without its connections the call fails, and the guest
+    // goes on here.
+    LOG_WARN("migration {}: libvirt does not end it; its connections are cut", id());
+    CloseTunnel();
+  }
+}
+
+}  // namespace baton::shim

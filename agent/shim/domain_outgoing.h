@@ -1,0 +1,138 @@
+// The source's side of moving a libvirt domain: opens the tunnel, asks libvirt to move the domain, follows and
+// steers that, and after its end looks at both libvirts until the guest is in exactly one place.
+//
+//   Prepare ─→ Move ─→ Settle ─→ end        after a restart of the shim: Settle at once
+//
+// One thread of its own does all of it; libvirt's calls run on threads of their connection and are bounded.
+// The tunnel and the connection to the destination's libvirt stay until the outcome is known.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "agent/migration/convergence.h"
+#include "agent/migration/reporter.h"
+#include "agent/shim/config_store.h"
+#include "agent/shim/domain_side.h"
+#include "agent/stream/tunnel.h"
+#include "agent/vmm/libvirt/mover.h"
+#include "agent/vmm/libvirt/settlement.h"
+#include "baton/v1/agent_session.pb.h"
+
+namespace baton::shim {
+
+// All of it outlives the migration.
+struct DomainOutgoingParts {
+  ConfigStore& config;
+  DomainJournal& journal;
+  vmm::LibvirtConnection& local;
+  migration::ReportCallback on_report;
+  // The migration has ended, its last report was given. On the migration's thread.
+  std::function<void()> on_end;
+};
+
+// Thread-safe.
+class DomainOutgoing {
+ public:
+  // `resume`: a shim before this one had begun it; nothing is started, only settled.
+  DomainOutgoing(DomainOutgoingParts parts, const v1::StartOutgoingCommand& command, bool resume);
+  // Leaves everything as it is; libvirt goes on. A later shim settles.
+  ~DomainOutgoing();
+  DomainOutgoing(const DomainOutgoing&) = delete;
+  DomainOutgoing& operator=(const DomainOutgoing&) = delete;
+
+  const std::string& id() const { return command_.migration_id(); }
+  bool ended() const;
+  // FailedPrecondition once the guest may run at the destination.
+  absl::Status Cancel();
+  absl::Status Retune(const v1::RetuneCommand& command);
+  // What batond heard from the destination's agent, or an operator's confirmation.
+  absl::Status Resolve(const v1::ResolveCommand& command);
+  // News of the domain from this host's libvirt, or of the connection to it. Must not wait.
+  void OnEvent(const vmm::DomainEvent& event) { mail_->Post(event); }
+  void OnLibvirt() { mail_->Wake(); }
+
+ private:
+  // Why the migration is ended from this side.
+  struct Wish {
+    v1::Reason reason = v1::REASON_UNSPECIFIED;
+    std::string message;
+  };
+
+  void Run();
+  absl::Status Prepare();
+  absl::Status OpenTunnel();
+  absl::Status AwaitRemote(Deadline deadline);
+  absl::Status BeginCall(bool recover);
+  // Until the call has returned, or the end of the object.
+  void Follow();
+  void OnDomainEvent(const vmm::DomainEvent& event);
+  void OnIteration(uint64_t iteration);
+  void Judge(const vmm::JobFigures& job, uint64_t iteration);
+  void Carry(const migration::ConvergenceDecision& decision);
+  void StartPostCopy(const std::string& why);
+  void Tick();
+  void ApplyWishes();
+  void EndEarly(const v1::Reason reason, const std::string& message);
+
+  // --- domain_settle.cc ---
+  void Settle();
+  vmm::SettlementInput Look();
+  // Does what the settlement says; true once the migration has ended.
+  bool Act(const vmm::SettlementInput& seen, const vmm::Settlement& settlement);
+  void Yielded();
+  bool EndHere(bool running, const std::string& why);
+  bool EndAway(const std::string& why);
+  void LoseGuest(const std::string& why);
+  void NotStarted(const absl::Status& why);
+  void CloseTunnel();
+  absl::Status OnDomain(vmm::LibvirtConnection& connection, const std::string& what,
+                        std::function<int(virDomainPtr)> call);
+  void UndefineLeftover();
+  Wish Cause() const;
+  void AddDowntime();
+
+  DomainOutgoingParts p_;
+  const v1::StartOutgoingCommand command_;
+  const bool resume_;
+  const std::shared_ptr<DomainMailbox> mail_ = std::make_shared<DomainMailbox>();
+  migration::Reporter reporter_;
+
+  // Of the thread alone.
+  std::string uuid_;
+  std::shared_ptr<const stream::TlsContext> tls_;
+  std::unique_ptr<stream::TunnelEntrance> entrance_;
+  std::unique_ptr<vmm::LibvirtConnection> remote_;
+  vmm::DomainMover mover_;
+  vmm::MoveSource source_;
+  migration::Convergence convergence_;
+  vmm::JobFigures before_;  // at the last iteration
+  uint64_t iteration_ = 0;
+  bool call_active_ = false;
+  bool suspended_ = false;  // by the migration: its state may have left
+  bool postcopy_ = false;
+  bool postcopy_asked_ = false;
+  bool destination_ran_ = false;
+  absl::Status call_status_;
+  Clock::time_point deadline_{};
+  std::optional<Clock::time_point> abort_since_;
+  std::string said_;  // last settlement, for the log
+
+  mutable std::mutex mutex_;
+  std::optional<Wish> end_;  // guarded by mutex_, as all below
+  std::optional<uint64_t> bandwidth_;
+  std::optional<Duration> max_downtime_;
+  v1::HandoverState verdict_ = v1::HANDOVER_STATE_UNSPECIFIED;
+  bool fenced_ = false;
+  bool yielded_ = false;
+  bool ended_ = false;
+  // What broke in the tunnel last.
+  std::string broken_;
+  std::thread thread_;
+};
+
+}  // namespace baton::shim
