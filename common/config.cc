@@ -236,6 +236,11 @@ bool ConfigReader::Has(const std::string& name) const {
                      [&](const auto& f) { return f.name == name; });
 }
 
+bool ConfigReader::IsMap(const std::string& name) const {
+  return std::any_of(node_->fields.begin(), node_->fields.end(),
+                     [&](const auto& f) { return f.name == name && f.value.kind == ConfigNode::Kind::kMap; });
+}
+
 const ConfigNode* ConfigReader::Find(const std::string& name, Presence presence) {
   known_.push_back(name);
   for (const auto& [key, value] : node_->fields) {

@@ -108,6 +108,8 @@ class ConfigReader {
                  Presence presence = kOptional);
   // The field stands in the file (whatever its value).
   bool Has(const std::string& name) const;
+  // The field is there and has fields of its own.
+  bool IsMap(const std::string& name) const;
   // Adds a problem at a field of this map; with an empty name, at the map itself.
   void Problem(const std::string& name, const std::string& problem);
   // "devices[1]", empty at the root.

@@ -96,7 +96,8 @@ absl::Status Agent::StartServices() {
   StartLibvirt();
   // Peers find their VMs from the first connection on.
   RETURN_IF_ERROR(vms_->FindAgain(Deadline::After(seconds(60))));
-  ASSIGN_OR_RETURN(peer_port_, PeerPort::Start(config_, *vms_, metrics_, peer_tasks_));
+  if (domains_) RETURN_IF_ERROR(domains_->FindAgain(Deadline::After(seconds(60))));
+  ASSIGN_OR_RETURN(peer_port_, PeerPort::Start(config_, *vms_, domains_.get(), metrics_, peer_tasks_));
   TlsFiles tls{config_.session_tls.ca, config_.session_tls.cert, config_.session_tls.key};
   auto channel = MakeChannel(config_.batond, tls, config_.session_server_name, LongStreamArguments());
   if (!channel.ok()) return Annotate(channel.status(), "batond");
@@ -121,16 +122,27 @@ absl::Status Agent::StartServices() {
 }
 
 void Agent::StartLibvirt() {
-  if (config_.libvirt.empty()) return;
+  if (config_.libvirt.uri.empty()) return;
+  VmEvents events;
+  events.on_vm = [this](const v1::Vm& vm) {
+    if (auto s = session()) s->Send(Localize(vm));
+  };
+  events.on_report = [this](const v1::SideReport& report) {
+    if (auto s = session()) s->Send(report);
+  };
+  domains_ = std::make_unique<DomainManager>(
+      DomainManagerParts{config_, store_, reports_, *launcher_, metrics_, vm_tasks_}, std::move(events));
   vmm::InventoryOptions options;
-  options.libvirt.uri = config_.libvirt;
-  options.mediator_dir = config_.run_dir + "/vms";
+  options.libvirt.uri = config_.libvirt.uri;
+  options.mediator_dir = config_.libvirt.socket_dir;
   vmm::InventoryCallbacks callbacks;
   callbacks.on_vm = [this](const v1::Vm& vm) {
     if (auto s = session()) s->Send(Localize(vm));
   };
-  callbacks.on_gone = [this](const std::string& vm, const std::string& message) {
-    if (auto s = session()) s->SendGone(vm, message);
+  callbacks.on_gone = [this](const v1::Vm& vm, const std::string& message) {
+    domains_->OnGone(vm.domain().uuid());
+    const std::string name = Localize(vm).name();
+    if (auto s = session()) s->SendGone(name.substr(name.find('/') + 1), message);
   };
   callbacks.on_read = [this] {
     // What batond knows of this host's domains may be from before the agent or libvirt was restarted.
@@ -138,10 +150,11 @@ void Agent::StartLibvirt() {
     if (auto s = session()) s->Renew();
   };
   libvirt_ = vmm::LibvirtInventory::Start(std::move(options), std::move(callbacks));
+  domains_->Use(libvirt_.get());
   // The first Hello lists what is there; a libvirt that is slow or absent must not keep the agent from its
   // session.
   if (!libvirt_->WaitForFirst(Deadline::After(seconds(3))))
-    LOG_WARN("libvirt {} has not answered yet: {}", config_.libvirt, libvirt_->connection().trouble());
+    LOG_WARN("libvirt {} has not answered yet: {}", config_.libvirt.uri, libvirt_->connection().trouble());
 }
 
 v1::Vm Agent::Localize(v1::Vm vm) const {
@@ -149,17 +162,26 @@ v1::Vm Agent::Localize(v1::Vm vm) const {
   // A VM of Baton's own has the name first.
   const std::string id = vm.name().substr(vm.name().find('/') + 1);
   if (auto own = vms_->Find(id); own != nullptr && own->listed()) vm.set_name("vms/" + vm.domain().uuid());
+  domains_->Complete(&vm);
   return vm;
+}
+
+bool Agent::IsDomain(const std::string& vm) const {
+  return domains_ && vms_->Find(vm) == nullptr && domains_->Has(vm);
+}
+
+absl::Status Agent::Forward(const std::string& vm, const v1::ShimRequest& request, Deadline deadline) {
+  return IsDomain(vm) ? domains_->Forward(vm, request, deadline) : vms_->Forward(vm, request, deadline);
 }
 
 absl::Status Agent::CheckOurs(const std::string& vm) const {
   if (!libvirt_ || vms_->Find(vm) != nullptr) return absl::OkStatus();
   if (!libvirt_->Find(vm).ok()) return absl::OkStatus();
-  return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
-               "vms/{} is a libvirt domain of hosts/{}: this agent shows it, but moving and stopping it is "
-               "libvirt's; it "
-               "goes on as it is (virsh migrate, virsh shutdown)",
-               vm, config_.name);
+  return Error(
+      v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
+      "vms/{} is a libvirt domain of hosts/{}: starting and stopping it is libvirt's; it goes on as it is "
+      "(virsh shutdown)",
+      vm, config_.name);
 }
 
 Agent::~Agent() {
@@ -170,11 +192,13 @@ Agent::~Agent() {
     session.swap(session_);
   }
   session.reset();
-  libvirt_.reset();
   commands_.Stop();
   peer_tasks_.Stop();
   peer_port_.reset();
   vm_tasks_.Stop();
+  if (domains_) domains_->Close();
+  libvirt_.reset();
+  domains_.reset();
   vms_.reset();
 }
 
@@ -240,11 +264,20 @@ absl::Status Agent::Run(const v1::Command& command, Deadline deadline, v1::Comma
       RETURN_IF_ERROR(CheckOurs(command.stop_vm().vm()));
       return vms_->StopVm(command.stop_vm(), deadline);
     case v1::Command::kInspectVm: {
-      RETURN_IF_ERROR(CheckOurs(command.inspect_vm().vm()));
-      ASSIGN_OR_RETURN(*result->mutable_inspection(), vms_->Inspect(command.inspect_vm(), deadline));
+      ASSIGN_OR_RETURN(*result->mutable_inspection(), IsDomain(command.inspect_vm().vm())
+                                                          ? domains_->Inspect(command.inspect_vm(), deadline)
+                                                          : vms_->Inspect(command.inspect_vm(), deadline));
       return absl::OkStatus();
     }
     case v1::Command::kPrepareIncoming: {
+      if (!command.prepare_incoming().source().domain_xml().empty()) {
+        if (!domains_)
+          return Error(v1::VALIDATION_FAILED, absl::StatusCode::kFailedPrecondition,
+                       "host {} has no libvirt (`libvirt` in its agent's configuration)", config_.name);
+        ASSIGN_OR_RETURN(*result->mutable_prepared(),
+                         domains_->PrepareIncoming(command.prepare_incoming(), deadline));
+        return absl::OkStatus();
+      }
       ASSIGN_OR_RETURN(*result->mutable_prepared(),
                        vms_->PrepareIncoming(command.prepare_incoming(), deadline));
       return absl::OkStatus();
@@ -254,18 +287,22 @@ absl::Status Agent::Run(const v1::Command& command, Deadline deadline, v1::Comma
       return absl::OkStatus();
     }
     case v1::Command::kAbortIncoming:
+      if (domains_ && domains_->Expects(command.abort_incoming().migration_id()))
+        return domains_->AbortIncoming(command.abort_incoming(), deadline);
       return vms_->AbortIncoming(command.abort_incoming(), deadline);
     case v1::Command::kStartOutgoing:
+      if (domains_ && command.start_outgoing().has_domain())
+        return domains_->StartOutgoing(command.start_outgoing(), deadline);
       return vms_->StartOutgoing(command.start_outgoing(), deadline);
     case v1::Command::kCancelOutgoing:
       *request.mutable_cancel() = command.cancel_outgoing();
-      return vms_->Forward(command.cancel_outgoing().vm(), request, deadline);
+      return Forward(command.cancel_outgoing().vm(), request, deadline);
     case v1::Command::kRetune:
       *request.mutable_retune() = command.retune();
-      return vms_->Forward(command.retune().vm(), request, deadline);
+      return Forward(command.retune().vm(), request, deadline);
     case v1::Command::kResolve:
       *request.mutable_resolve() = command.resolve();
-      return vms_->Forward(command.resolve().vm(), request, deadline);
+      return Forward(command.resolve().vm(), request, deadline);
     case v1::Command::kConsoleOpen: {
       std::shared_ptr<VmEntry> entry = vms_->Find(command.console_open().vm());
       if (entry == nullptr || !entry->listed())

@@ -8,6 +8,7 @@
 #include "agent/daemon/agent_metrics.h"
 #include "agent/daemon/backend_resolver.h"
 #include "agent/daemon/console_relay.h"
+#include "agent/daemon/domain_manager.h"
 #include "agent/daemon/peer_port.h"
 #include "agent/daemon/qemu_info.h"
 #include "agent/daemon/report_store.h"
@@ -46,8 +47,11 @@ class Agent {
   void StartLibvirt();
   // A domain as this host tells of it.
   v1::Vm Localize(v1::Vm vm) const;
+  // The VM is a domain of this host's libvirt, and none of Baton's own.
+  bool IsDomain(const std::string& vm) const;
   // Of a command about a VM that only libvirt has: why it is not done. OK for all others.
   absl::Status CheckOurs(const std::string& vm) const;
+  absl::Status Forward(const std::string& vm, const v1::ShimRequest& request, Deadline deadline);
 
   const AgentConfig config_;
   UniqueFd lock_;  // flock on state_dir/agent.lock
@@ -64,6 +68,7 @@ class Agent {
   TaskQueue commands_{16};
   TaskQueue peer_tasks_{8};
   std::unique_ptr<VmManager> vms_;
+  std::unique_ptr<DomainManager> domains_;          // null: no libvirt
   std::unique_ptr<vmm::LibvirtInventory> libvirt_;  // null: not asked for
   std::atomic<bool> libvirt_unread_ = false;        // the last Hello said that libvirt had not been read
   std::unique_ptr<ConsoleRelay> consoles_;

@@ -19,6 +19,9 @@ constexpr char kDefaultQemu[] = "/usr/bin/qemu-system-x86_64";
 // names are checked when their VM starts.
 constexpr size_t kMaxRunDir = 107 - (sizeof("/vms/v/console.sock") - 1);
 
+// "/", a migration's id (at most 40 characters), "/libvirt".
+constexpr size_t kMaxSocketDir = 107 - 1 - 40 - 8;
+
 // baton-shim is installed beside baton-agent, and built beside it.
 std::string DefaultShim() {
   std::error_code error;
@@ -84,6 +87,57 @@ void ReadHook(ConfigReader& reader, Hook* hook) {
     reader.Problem("command", fmt::format("'{}' is not an absolute path", hook->command[0]));
 }
 
+void ReadLibvirtUri(ConfigReader& reader, const std::string& field, const std::string& text,
+                    std::string* uri) {
+  if (text == "auto") {
+    // Where libvirt is installed its sockets are in this directory, or will be (systemd starts it on demand).
+    *uri = ::access("/run/libvirt", F_OK) == 0 ? "qemu:///system" : "";
+  } else if (text == "off" || text.find("://") != std::string::npos) {
+    *uri = text == "off" ? "" : text;
+  } else {
+    reader.Problem(field, fmt::format("'{}' is neither auto nor off nor a URI like qemu:///system", text));
+  }
+}
+
+// A word or a URI, or a map with that and what moving domains needs.
+void ReadLibvirt(ConfigReader& root, LibvirtConfig* out) {
+  std::string uri = "auto";
+  if (!root.IsMap("libvirt")) {
+    root.Text("libvirt", &uri);
+    return ReadLibvirtUri(root, "libvirt", uri, &out->uri);
+  }
+  root.Map("libvirt", [&](ConfigReader& libvirt) {
+    libvirt.Text("uri", &uri);
+    ReadLibvirtUri(libvirt, "uri", uri, &out->uri);
+    libvirt.Path("socket", &out->socket);
+    libvirt.Path("socket_dir", &out->socket_dir);
+    if (out->socket_dir.size() > kMaxSocketDir)
+      libvirt.Problem(
+          "socket_dir",
+          fmt::format("longer than {} characters; sockets below it would have no valid path", kMaxSocketDir));
+    libvirt.Text("qemu_user", &out->qemu_user);
+    libvirt.Text("qemu_group", &out->qemu_group);
+    libvirt.TextList("shared", &out->shared);
+    for (const std::string& path : out->shared)
+      if (path.empty() || path[0] != '/')
+        libvirt.Problem("shared", fmt::format("'{}' is not an absolute path", path));
+    libvirt.MapList("rules", [&](ConfigReader& reader) {
+      vmm::RewriteRule rule;
+      std::string kind;
+      if (reader.Text("kind", &kind, kRequired)) {
+        if (auto parsed = vmm::ParseRewriteKind(kind); parsed.ok()) {
+          rule.kind = *parsed;
+        } else {
+          reader.Problem("kind", Message(parsed.status()));
+        }
+      }
+      reader.Text("from", &rule.from);
+      reader.Text("to", &rule.to, kRequired);
+      out->rules.push_back(std::move(rule));
+    });
+  });
+}
+
 void ReadConfig(ConfigReader& root, AgentConfig* out) {
   root.Text("name", &out->name, kRequired);
   if (!out->name.empty() && !IsValidName(out->name))
@@ -129,17 +183,7 @@ void ReadConfig(ConfigReader& root, AgentConfig* out) {
   root.Choice<std::string>("dirty_tracking",
                            {{"auto", "auto"}, {"uffd", "uffd"}, {"soft-dirty", "soft-dirty"}},
                            &out->dirty_tracking);
-  std::string libvirt = "auto";
-  root.Text("libvirt", &libvirt);
-  if (libvirt == "auto") {
-    // Where libvirt is installed its sockets are in this directory, or will be (systemd starts it on demand).
-    out->libvirt = ::access("/run/libvirt", F_OK) == 0 ? "qemu:///system" : "";
-  } else if (libvirt == "off" || libvirt.find("://") != std::string::npos) {
-    out->libvirt = libvirt == "off" ? "" : libvirt;
-  } else {
-    root.Problem("libvirt",
-                 fmt::format("'{}' is neither auto nor off nor a URI like qemu:///system", libvirt));
-  }
+  ReadLibvirt(root, &out->libvirt);
   out->shim = DefaultShim();
   root.Path("shim", &out->shim);
   root.Map("log", [&](ConfigReader& log) {
@@ -221,10 +265,12 @@ absl::Status CheckAgentEnvironment(const AgentConfig& config) {
   return absl::OkStatus();
 }
 
-VmPaths PathsOf(const AgentConfig& config, const std::string& vm) {
+namespace {
+
+VmPaths PathsBelow(const AgentConfig& config, const std::string& kind, const std::string& vm) {
   VmPaths paths;
   paths.run_dir = config.run_dir + "/vms/" + vm;
-  paths.state_dir = config.state_dir + "/vms/" + vm;
+  paths.state_dir = config.state_dir + "/" + kind + "/" + vm;
   paths.memory = config.memory_dir + "/" + vm + ".ram";
   paths.control = paths.run_dir + "/shim.sock";
   paths.conf = paths.state_dir + "/shim.conf";
@@ -233,6 +279,14 @@ VmPaths PathsOf(const AgentConfig& config, const std::string& vm) {
   paths.console = paths.run_dir + "/console.sock";
   paths.console_log = paths.run_dir + "/console.log";
   return paths;
+}
+
+}  // namespace
+
+VmPaths PathsOf(const AgentConfig& config, const std::string& vm) { return PathsBelow(config, "vms", vm); }
+
+VmPaths DomainPathsOf(const AgentConfig& config, const std::string& uuid) {
+  return PathsBelow(config, "domains", uuid);
 }
 
 }  // namespace baton::daemon

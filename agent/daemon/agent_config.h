@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "agent/vmm/libvirt/rewrite.h"
 #include "baton/v1/vm_spec.pb.h"
 #include "common/clock.h"
 #include "common/status.h"
@@ -50,6 +51,24 @@ struct FenceHook {
   Duration timeout = std::chrono::seconds(10);
 };
 
+// The libvirt of this host, and how domains come to it (docs/libvirt.md).
+struct LibvirtConfig {
+  // Of the daemon whose domains belong to this host; empty: none.
+  std::string uri;
+  // Its socket, to which the tunnels of migrations lead; empty: where libvirt has it for `uri`.
+  std::string socket;
+  // Where the sockets of migrations and mediators are made for QEMU's user, who must be able to pass its
+  // parents; the same on all hosts.
+  std::string socket_dir = "/run/baton-libvirt";
+  // Under which libvirt runs QEMU; empty: as its qemu.conf says, else libvirt-qemu and kvm.
+  std::string qemu_user;
+  std::string qemu_group;
+  // What is called otherwise here than at other hosts.
+  std::vector<vmm::RewriteRule> rules;
+  // Paths whose files are the same at all hosts although libvirt cannot see that.
+  std::vector<std::string> shared;
+};
+
 struct AgentConfig {
   // Name of this host: hosts/{name}.
   std::string name;
@@ -71,8 +90,7 @@ struct AgentConfig {
   // By "vm/device", "device" or "*".
   std::map<std::string, FenceHook> fences;
   std::string dirty_tracking = "auto";
-  // URI of the libvirt daemon whose domains belong to this host; empty: none.
-  std::string libvirt;
+  LibvirtConfig libvirt;
   // Path of baton-shim.
   std::string shim;
   std::string log_level = "info";
@@ -102,5 +120,7 @@ struct VmPaths {
   std::string console_log;  // <run_dir>/vms/<vm>/console.log
 };
 VmPaths PathsOf(const AgentConfig& config, const std::string& vm);
+// Of a libvirt domain: the same, with the state below <state_dir>/domains; there is no memory file.
+VmPaths DomainPathsOf(const AgentConfig& config, const std::string& uuid);
 
 }  // namespace baton::daemon

@@ -84,8 +84,9 @@ struct PeerPort::Unknown {
 };
 
 absl::StatusOr<std::unique_ptr<PeerPort>> PeerPort::Start(const AgentConfig& config, VmManager& vms,
-                                                          AgentMetrics& metrics, TaskQueue& tasks) {
-  std::unique_ptr<PeerPort> port(new PeerPort(config, vms, metrics, tasks));
+                                                          DomainManager* domains, AgentMetrics& metrics,
+                                                          TaskQueue& tasks) {
+  std::unique_ptr<PeerPort> port(new PeerPort(config, vms, domains, metrics, tasks));
   RETURN_IF_ERROR(port->Listen());
   port->stop_ = UniqueFd(::eventfd(0, EFD_CLOEXEC));
   if (!port->stop_) return ErrnoError(errno, "eventfd");
@@ -200,6 +201,8 @@ void PeerPort::Dispatch(UniqueFd socket, stream::PreambleBytes bytes, const std:
   if (!preamble.ok()) return Refuse(remote, "bad_preamble", Message(preamble.status()));
   bool query = preamble->kind == stream::PreambleKind::kVerdictQuery;
   auto entry = vms_.FindIncoming(preamble->migration_id, preamble->token);
+  if (absl::IsNotFound(entry.status()) && domains_)
+    entry = domains_->FindIncoming(preamble->migration_id, preamble->token);
   if (absl::IsPermissionDenied(entry.status())) return Refuse(remote, "bad_token", Message(entry.status()));
   absl::Status handed = entry.status();
   if (entry.ok())

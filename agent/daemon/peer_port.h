@@ -9,6 +9,7 @@
 
 #include "agent/daemon/agent_config.h"
 #include "agent/daemon/agent_metrics.h"
+#include "agent/daemon/domain_manager.h"
 #include "agent/daemon/task_queue.h"
 #include "agent/daemon/vm_manager.h"
 #include "agent/stream/tls.h"
@@ -28,7 +29,8 @@ class PeerPort {
 
   // Listens and starts to serve. AlreadyExists if the port is in use; the message names the field to change.
   static absl::StatusOr<std::unique_ptr<PeerPort>> Start(const AgentConfig& config, VmManager& vms,
-                                                         AgentMetrics& metrics, TaskQueue& tasks);
+                                                         DomainManager* domains, AgentMetrics& metrics,
+                                                         TaskQueue& tasks);
   // Stops accepting; connections that were handed over are not touched. `tasks` must be stopped before.
   ~PeerPort();
   // The port really listened on; 0 for unix sockets.
@@ -36,8 +38,9 @@ class PeerPort {
 
  private:
   struct Unknown;  // a connection whose preamble has not been read whole
-  PeerPort(const AgentConfig& config, VmManager& vms, AgentMetrics& metrics, TaskQueue& tasks)
-      : config_(config), vms_(vms), metrics_(metrics), tasks_(tasks) {}
+  PeerPort(const AgentConfig& config, VmManager& vms, DomainManager* domains, AgentMetrics& metrics,
+           TaskQueue& tasks)
+      : config_(config), vms_(vms), domains_(domains), metrics_(metrics), tasks_(tasks) {}
   absl::Status Listen();
   void Run();
   void Accept(std::vector<Unknown>& unknown);
@@ -50,6 +53,7 @@ class PeerPort {
 
   const AgentConfig& config_;
   VmManager& vms_;
+  DomainManager* const domains_;  // null: no libvirt
   AgentMetrics& metrics_;
   TaskQueue& tasks_;
   UniqueFd listener_;

@@ -22,8 +22,7 @@ class DetachedLauncher final : public ShimLauncher {
  public:
   explicit DetachedLauncher(const AgentConfig& config) : config_(config) {}
 
-  absl::StatusOr<ProcessId> Start(const std::string& vm) override {
-    VmPaths paths = PathsOf(config_, vm);
+  absl::StatusOr<ProcessId> Start(const std::string& vm, const VmPaths& paths) override {
     RETURN_IF_ERROR(MakeDirectories(paths.run_dir));
     UniqueFd log(::open(paths.shim_log.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
     if (!log) return ErrnoError(errno, paths.shim_log);
@@ -59,8 +58,8 @@ std::unique_ptr<ShimLauncher> MakeShimLauncher(const AgentConfig& config) {
   return std::make_unique<DetachedLauncher>(config);
 }
 
-std::string TailOfShimLog(const AgentConfig& config, const std::string& vm, size_t bytes) {
-  UniqueFd fd(::open(PathsOf(config, vm).shim_log.c_str(), O_RDONLY | O_CLOEXEC));
+std::string TailOfShimLog(const VmPaths& paths, size_t bytes) {
+  UniqueFd fd(::open(paths.shim_log.c_str(), O_RDONLY | O_CLOEXEC));
   if (!fd) return "";
   off_t size = ::lseek(fd.get(), 0, SEEK_END);
   off_t from = size > static_cast<off_t>(bytes) ? size - static_cast<off_t>(bytes) : 0;

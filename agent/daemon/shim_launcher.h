@@ -13,17 +13,17 @@ namespace baton::daemon {
 class ShimLauncher {
  public:
   virtual ~ShimLauncher() = default;
-  // Starts the shim of `vm`, whose shim.conf has been written. Returns once the program runs; its control
-  // socket comes a little later. Any thread.
-  virtual absl::StatusOr<ProcessId> Start(const std::string& vm) = 0;
+  // Starts the shim of `vm`, whose shim.conf has been written to paths.state_dir. Returns once the program
+  // runs; its control socket comes a little later. Any thread.
+  virtual absl::StatusOr<ProcessId> Start(const std::string& vm, const VmPaths& paths) = 0;
 };
 
-// Runs `baton-shim --dir <state_dir>/vms/<vm>` with its output appended to shim.log, detached from us. Under
+// Runs `baton-shim --dir STATE_DIR` with its output appended to shim.log, detached from us. Under
 // systemd through `systemd-run --scope`, so that it is outside our control group and stopping our unit does
 // not reach it.
 std::unique_ptr<ShimLauncher> MakeShimLauncher(const AgentConfig& config);
 
 // The last lines of a VM's shim.log, for error messages; empty if there are none.
-std::string TailOfShimLog(const AgentConfig& config, const std::string& vm, size_t bytes = 1024);
+std::string TailOfShimLog(const VmPaths& paths, size_t bytes = 1024);
 
 }  // namespace baton::daemon

@@ -250,7 +250,7 @@ absl::StatusOr<v1::Vm> VmManager::StartVm(const v1::StartVmCommand& command, Dea
 absl::Status VmManager::LaunchAndConnect(const EntryPtr& entry, Deadline deadline) {
   entry->Disconnect();
   entry->set_ending(false);
-  auto process = parts_.launcher.Start(entry->name());
+  auto process = parts_.launcher.Start(entry->name(), entry->paths());
   if (!process.ok()) return process.status();
   entry->set_shim(*process);
   parts_.metrics.CountShimStart(entry->conf().mode() == v1::ShimConfig::ADOPT         ? "adopt"
@@ -271,7 +271,7 @@ absl::Status VmManager::BringUp(const EntryPtr& entry,
   v1::ShimStatus status = entry->status();
   if (up.ok() && ready(status)) return up;
   std::string why = status.vm().message();
-  if (why.empty()) why = TailOfShimLog(config_, entry->name());
+  if (why.empty()) why = TailOfShimLog(entry->paths());
   if (absl::IsDeadlineExceeded(up) && why.empty()) return Annotate(up, "the VM does not come up");
   absl::StatusCode code = up.ok() ? absl::StatusCode::kFailedPrecondition : up.code();
   absl::Status failure = Error(code, "{}", why.empty() ? Message(up) : why);

@@ -221,7 +221,7 @@ void VmManager::Adopt(const EntryPtr& entry, const migration::Ownership& ownersh
     return;
   }
   int delay = std::min(kMaxAdoptDelaySeconds, 1 << std::min(attempt, 5));
-  std::string log = TailOfShimLog(config_, entry->name());
+  std::string log = TailOfShimLog(entry->paths());
   LOG_ERROR("VM {}: no new shim, next try in {} s: {}{}{}", entry->name(), delay, Message(adopted),
             log.empty() ? "" : ": ", log);
   // A shim that hangs would keep the next one from the journal.

@@ -219,8 +219,8 @@ uint32_t DomainIncoming::Connections() {
 }
 
 bool DomainIncoming::Step() {
-  const vmm::SideView view = LookAtDomain(p_.local, uuid_, vmm::MigrationRole::kDestination,
-                                          Deadline::After(kIncomingLook));
+  const vmm::SideView view =
+      LookAtDomain(p_.local, uuid_, vmm::MigrationRole::kDestination, Deadline::After(kIncomingLook));
   bool aborting, late;
   {
     std::lock_guard lock(mutex_);
@@ -271,8 +271,8 @@ bool DomainIncoming::Step() {
 // Nothing of the domain is here. It may still come as long as somebody can bring it.
 bool DomainIncoming::Absent() {
   CloseExit();
-  const vmm::SideView again = LookAtDomain(p_.local, uuid_, vmm::MigrationRole::kDestination,
-                                           Deadline::After(kIncomingLook));
+  const vmm::SideView again =
+      LookAtDomain(p_.local, uuid_, vmm::MigrationRole::kDestination, Deadline::After(kIncomingLook));
   using Condition = vmm::DomainCondition;
   if (again.condition != Condition::kAbsent && again.condition != Condition::kShutOff &&
       again.condition != Condition::kShutOffMigrated && again.condition != Condition::kCrashed) {

@@ -52,6 +52,7 @@ DomainOutgoing::DomainOutgoing(DomainOutgoingParts parts, const v1::StartOutgoin
       resume_(resume),
       reporter_(command.migration_id(), command.vm(), v1::ROLE_SOURCE, command.epoch(), p_.on_report),
       uuid_(p_.config.Get().domain_uuid()),
+      watched_(std::make_shared<std::atomic<bool>>(!resume)),
       mover_(p_.local, uuid_),
       convergence_(LimitsOf(command.params())) {
   thread_ = std::thread([this] { Run(); });
@@ -118,8 +119,7 @@ void DomainOutgoing::Run() {
       Yielded();
     reporter_.EnterPhase(v1::PRECOPY);
     // Without a tunnel the destination is only heard of by way of batond; it is tried again while settling.
-    if (absl::Status opened = OpenTunnel(); !opened.ok())
-      LOG_WARN("migration {}: {}", id(), Message(opened));
+    if (absl::Status opened = OpenTunnel(); !opened.ok()) LOG_WARN("migration {}: {}", id(), Message(opened));
     return Settle();
   }
   reporter_.EnterPhase(v1::PRECOPY);
@@ -198,7 +198,12 @@ absl::Status DomainOutgoing::OpenTunnel() {
   vmm::LibvirtOptions remote;
   remote.uri = vmm::TunnelUri(command_.domain());
   vmm::LibvirtCallbacks callbacks;
-  callbacks.on_state = [mail = mail_](bool, const std::string&) { mail->Wake(); };
+  auto was_up = std::make_shared<bool>(false);
+  callbacks.on_state = [mail = mail_, watched = watched_, was_up](bool up, const std::string&) {
+    if (!up && *was_up) watched->store(false);
+    *was_up |= up;
+    mail->Wake();
+  };
   callbacks.on_event = [mail = mail_, uuid = uuid_](const vmm::DomainEvent& event) {
     if (event.uuid == uuid && event.kind == vmm::DomainEvent::Kind::kLifecycle) mail->Wake();
   };
@@ -254,8 +259,8 @@ absl::Status DomainOutgoing::BeginCall(bool recover) {
   call_active_ = true;
   LOG_INFO("migration {}: {} to {} by libvirt", id(), recover ? "post-copy is recovered" : "the domain moves",
            command_.peer_address());
-  absl::Status begun = mover_.Start(
-      call, [mail = mail_](absl::Status status) { mail->EndCall(std::move(status)); });
+  absl::Status begun =
+      mover_.Start(call, [mail = mail_](absl::Status status) { mail->EndCall(std::move(status)); });
   if (!begun.ok()) call_active_ = false;
   return begun;
 }
@@ -264,8 +269,8 @@ void DomainOutgoing::Follow() {
   Clock::time_point look = Clock::now() + kLookInterval;
   while (call_active_) {
     const bool hurry = abort_since_.has_value() && !suspended_;
-    DomainMailbox::Mail mail = mail_->Wait(
-        Deadline::At(hurry ? std::min(look, Clock::now() + kAbortInterval) : look));
+    DomainMailbox::Mail mail =
+        mail_->Wait(Deadline::At(hurry ? std::min(look, Clock::now() + kAbortInterval) : look));
     if (mail.stop) return;
     for (const vmm::DomainEvent& event : mail.events) OnDomainEvent(event);
     if (mail.call) {
@@ -333,7 +338,8 @@ void DomainOutgoing::Judge(const vmm::JobFigures& job, uint64_t iteration) {
   migration::RoundSample sample;
   sample.round = static_cast<uint32_t>(std::min<uint64_t>(iteration - 2, UINT32_MAX));
   sample.bytes = job.memory_processed - std::min(job.memory_processed, before_.memory_processed);
-  sample.duration = milliseconds(std::max<uint64_t>(1, job.elapsed_ms - std::min(job.elapsed_ms, before_.elapsed_ms)));
+  sample.duration =
+      milliseconds(std::max<uint64_t>(1, job.elapsed_ms - std::min(job.elapsed_ms, before_.elapsed_ms)));
   sample.dirty_bytes = job.memory_remaining;
   const migration::ConvergenceDecision decision = convergence_.Judge(sample);
   reporter_.Tick([&](v1::Progress& progress) {
@@ -357,8 +363,8 @@ void DomainOutgoing::Judge(const vmm::JobFigures& job, uint64_t iteration) {
   Carry(decision);
 }
 
-// QEMU switches over by itself once its own forecast meets the limit; the policy only has to change the limit,
-// the mode, or its mind.
+// QEMU switches over by itself once its own forecast meets the limit; the policy only has to change the
+// limit, the mode, or its mind.
 void DomainOutgoing::Carry(const migration::ConvergenceDecision& decision) {
   using Action = migration::ConvergenceDecision::Action;
   if (postcopy_asked_) return;
@@ -368,8 +374,9 @@ void DomainOutgoing::Carry(const migration::ConvergenceDecision& decision) {
     case Action::kRaiseDowntime:
     case Action::kSwitchover: {
       // Some room above the forecast, since QEMU's own is another.
-      const Duration limit = std::max(convergence_.max_downtime(),
-                                      decision.action == Action::kSwitchover ? 2 * decision.forecast : Duration(0));
+      const Duration limit =
+          std::max(convergence_.max_downtime(),
+                   decision.action == Action::kSwitchover ? 2 * decision.forecast : Duration(0));
       absl::Status set = mover_.SetMaxDowntime(limit, Deadline::After(kCallTimeout));
       if (!set.ok()) LOG_WARN("migration {}: {}", id(), Message(set));
       return;
@@ -433,8 +440,8 @@ void DomainOutgoing::ApplyWishes() {
   absl::Status aborted = mover_.Abort(Deadline::After(kCallTimeout));
   if (!aborted.ok()) LOG_DEBUG("migration {}: {}", id(), Message(aborted));
   if (Clock::now() - *abort_since_ > kAbortPatience && entrance_) {
-    // It hangs at the destination, in libvirt or in QEMU: without its connections the call fails, and the guest
-    // goes on here.
+    // It hangs at the destination, in libvirt or in QEMU: without its connections the call fails, and the
+    // guest goes on here.
     LOG_WARN("migration {}: libvirt does not end it; its connections are cut", id());
     CloseTunnel();
   }

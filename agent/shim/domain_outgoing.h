@@ -1,5 +1,5 @@
-// The source's side of moving a libvirt domain: opens the tunnel, asks libvirt to move the domain, follows and
-// steers that, and after its end looks at both libvirts until the guest is in exactly one place.
+// The source's side of moving a libvirt domain: opens the tunnel, asks libvirt to move the domain, follows
+// and steers that, and after its end looks at both libvirts until the guest is in exactly one place.
 //
 //   Prepare ─→ Move ─→ Settle ─→ end        after a restart of the shim: Settle at once
 //
@@ -7,6 +7,7 @@
 // The tunnel and the connection to the destination's libvirt stay until the outcome is known.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -85,6 +86,8 @@ class DomainOutgoing {
   // Does what the settlement says; true once the migration has ended.
   bool Act(const vmm::SettlementInput& seen, const vmm::Settlement& settlement);
   void Yielded();
+  // We suspended the source's copy, and wrote that down before.
+  bool SuspendedHere() const;
   bool EndHere(bool running, const std::string& why);
   bool EndAway(const std::string& why);
   void LoseGuest(const std::string& why);
@@ -107,6 +110,8 @@ class DomainOutgoing {
   std::shared_ptr<const stream::TlsContext> tls_;
   std::unique_ptr<stream::TunnelEntrance> entrance_;
   std::unique_ptr<vmm::LibvirtConnection> remote_;
+  // The destination's libvirt could be seen all the time since before the handover.
+  const std::shared_ptr<std::atomic<bool>> watched_;
   vmm::DomainMover mover_;
   vmm::MoveSource source_;
   migration::Convergence convergence_;

@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "agent/shim/domain_outgoing.h"
+#include "common/config.h"
 #include "common/durable_file.h"
 #include "common/log.h"
 #include "common/pause_point.h"
@@ -24,7 +25,14 @@ constexpr Duration kSettleAct = seconds(30);
 constexpr Duration kSettleWait = milliseconds(20);
 constexpr Duration kSettleWaitMax = seconds(5);
 
+std::string SuspendedFile(ConfigStore& config) { return config.Get().state_dir() + "/suspended"; }
+
 }  // namespace
+
+bool DomainOutgoing::SuspendedHere() const {
+  auto text = ReadFileLimited(SuspendedFile(p_.config), 1024);
+  return text.ok() && *text == id();
+}
 
 void DomainOutgoing::Settle() {
   Duration pause = kSettleWait;
@@ -57,7 +65,8 @@ void DomainOutgoing::Settle() {
 vmm::SettlementInput DomainOutgoing::Look() {
   vmm::SettlementInput in;
   std::string trouble;
-  in.source = LookAtDomain(p_.local, uuid_, vmm::MigrationRole::kSource, Deadline::After(kSettleLook), &trouble);
+  in.source =
+      LookAtDomain(p_.local, uuid_, vmm::MigrationRole::kSource, Deadline::After(kSettleLook), &trouble);
   v1::HandoverState verdict;
   {
     std::lock_guard lock(mutex_);
@@ -87,9 +96,12 @@ vmm::SettlementInput DomainOutgoing::Look() {
   in.destination_ran = destination_ran_;
   in.call_active = call_active_;
   in.handed_over = suspended_ || resume_;
+  // A destination that has refused watched its own libvirt.
+  in.destination_watched = watched_->load() || verdict == v1::REFUSED;
+  in.source_suspended = SuspendedHere();
   // One that stands still, or is gone, may have been given away although no event told of it.
-  const bool runs_here = in.source.condition == Condition::kRunning ||
-                         in.source.condition == Condition::kUnreachable;
+  const bool runs_here =
+      in.source.condition == Condition::kRunning || in.source.condition == Condition::kUnreachable;
   if (!runs_here && !in.source.job && in.source.condition != Condition::kPaused) Yielded();
   return in;
 }
@@ -127,8 +139,8 @@ bool DomainOutgoing::Act(const vmm::SettlementInput& seen, const vmm::Settlement
       return false;
     case Action::kResumeSource: {
       // Rule 1: the word that allows it is durable first.
-      absl::Status written = seen.fenced ? p_.journal.Fence(id(), command_.epoch())
-                                         : p_.journal.Keep(id(), command_.epoch());
+      absl::Status written =
+          seen.fenced ? p_.journal.Fence(id(), command_.epoch()) : p_.journal.Keep(id(), command_.epoch());
       if (!written.ok()) {
         done(written);
         return false;
@@ -137,6 +149,10 @@ bool DomainOutgoing::Act(const vmm::SettlementInput& seen, const vmm::Settlement
       return false;
     }
     case Action::kPauseSource:
+      if (absl::Status written = WriteFileDurable(SuspendedFile(p_.config), id()); !written.ok()) {
+        done(written);
+        return false;
+      }
       done(OnDomain(p_.local, "suspending the domain", &virDomainSuspend));
       return false;
     case Action::kDestroySource:
@@ -187,9 +203,11 @@ DomainOutgoing::Wish DomainOutgoing::Cause() const {
   std::lock_guard lock(mutex_);
   if (end_) return *end_;
   if (fenced_)
-    return {v1::RESOLVED_BY_OPERATOR, "the destination was confirmed as fenced; the guest goes on at the source"};
+    return {v1::RESOLVED_BY_OPERATOR,
+            "the destination was confirmed as fenced; the guest goes on at the source"};
   if (resume_ && call_status_.ok())
-    return {v1::SOURCE_SHIM_FAILED, "the source's shim ended during the migration; the guest goes on at the source"};
+    return {v1::SOURCE_SHIM_FAILED,
+            "the source's shim ended during the migration; the guest goes on at the source"};
   const std::string why = call_status_.ok() ? said_ : Message(call_status_);
   const v1::Reason known = ReasonOf(call_status_, v1::REASON_UNSPECIFIED);
   if (known != v1::REASON_UNSPECIFIED) return {known, why};
@@ -266,7 +284,8 @@ bool DomainOutgoing::EndAway(const std::string& why) {
   return true;
 }
 
-// A definition that libvirt's own end of the migration would have removed: it goes once the destination has one.
+// A definition that libvirt's own end of the migration would have removed: it goes once the destination has
+// one.
 void DomainOutgoing::UndefineLeftover() {
   if (!remote_) return;
   auto persistent = [this](vmm::LibvirtConnection& connection) {
@@ -283,9 +302,9 @@ void DomainOutgoing::UndefineLeftover() {
   if (!here.ok() || !*here) return;
   auto there = persistent(*remote_);
   if (!there.ok() || !*there) return;
-  absl::Status undefined = OnDomain(p_.local, "removing the definition that was left here", [](virDomainPtr d) {
-    return virDomainUndefineFlags(d, VIR_DOMAIN_UNDEFINE_KEEP_NVRAM);
-  });
+  absl::Status undefined =
+      OnDomain(p_.local, "removing the definition that was left here",
+               [](virDomainPtr d) { return virDomainUndefineFlags(d, VIR_DOMAIN_UNDEFINE_KEEP_NVRAM); });
   if (!undefined.ok()) LOG_WARN("migration {}: {}", id(), Message(undefined));
 }
 

@@ -126,7 +126,8 @@ void DomainShim::OnRequest(v1::ShimRequest request, UniqueFd fd, Respond respond
   };
   auto of = [&](const std::string& migration) -> absl::StatusOr<DomainOutgoing*> {
     if (!outgoing_ || outgoing_->id() != migration)
-      return Error(v1::NOT_FOUND, absl::StatusCode::kNotFound, "migration {} is not under way here", migration);
+      return Error(v1::NOT_FOUND, absl::StatusCode::kNotFound, "migration {} is not under way here",
+                   migration);
     return outgoing_.get();
   };
   switch (request.body_case()) {
@@ -151,7 +152,8 @@ void DomainShim::OnRequest(v1::ShimRequest request, UniqueFd fd, Respond respond
     }
     case v1::ShimRequest::kAcceptChannel:
       if (!incoming_)
-        return answer(Error(v1::NOT_FOUND, absl::StatusCode::kNotFound, "no migration to this host is under way"));
+        return answer(
+            Error(v1::NOT_FOUND, absl::StatusCode::kNotFound, "no migration to this host is under way"));
       return answer(incoming_->AcceptChannel(request.accept_channel(), std::move(fd)));
     case v1::ShimRequest::kAbortIncoming:
       return AbortIncoming(request.abort_incoming(), std::move(respond));
@@ -177,9 +179,10 @@ absl::Status DomainShim::StartOutgoing(const v1::StartOutgoingCommand& command) 
     if (reports_.contains({command.migration_id(), v1::ROLE_SOURCE})) return absl::OkStatus();
   }
   if (const std::string active = Active(); !active.empty())
-    return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition, "the domain is in migration {}",
-                 active);
-  if (!command.has_domain() || command.domain().tunnel_dir().empty() || command.domain().tunnel_dir()[0] != '/')
+    return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
+                 "the domain is in migration {}", active);
+  if (!command.has_domain() || command.domain().tunnel_dir().empty() ||
+      command.domain().tunnel_dir()[0] != '/')
     return absl::InvalidArgumentError("the command does not say how the domain is to be moved");
   RETURN_IF_ERROR(journal_->Own(command.epoch()));
   RETURN_IF_ERROR(config_.Update([&](v1::ShimConfig& c) { *c.mutable_outgoing() = command; }));

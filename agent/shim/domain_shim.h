@@ -1,6 +1,6 @@
 // baton-shim in the DOMAIN mode: the process that serves a libvirt domain. It carries the domain's migration,
-// out of this host or to it, and may stand before its vhost-user back-ends. The VMM is libvirt's: nothing here
-// starts or ends it, and it needs this process for its mediated devices only.
+// out of this host or to it, and may stand before its vhost-user back-ends. The VMM is libvirt's: nothing
+// here starts or ends it, and it needs this process for its mediated devices only.
 //
 // The main thread runs the event loop and never blocks; each migration has a thread, and libvirt's calls run
 // on threads of their connection.
@@ -32,8 +32,8 @@ class DomainShim {
   DomainShim(const DomainShim&) = delete;
   DomainShim& operator=(const DomainShim&) = delete;
 
-  // Goes on with what a shim before this one had begun, and serves until it is retired or SIGTERM. Returns the
-  // exit code.
+  // Goes on with what a shim before this one had begun, and serves until it is retired or SIGTERM. Returns
+  // the exit code.
   int Run();
 
  private:

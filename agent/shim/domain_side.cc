@@ -73,8 +73,7 @@ absl::StatusOr<std::shared_ptr<const stream::TlsContext>> LoadPeerTls(const v1::
 
 absl::StatusOr<std::unique_ptr<DomainJournal>> DomainJournal::Open(const std::string& path) {
   // A shim that was killed may hold the lock until the last of its threads has ended.
-  ASSIGN_OR_RETURN(auto journal,
-                   migration::Journal::Open(path, Deadline::After(std::chrono::seconds(10))));
+  ASSIGN_OR_RETURN(auto journal, migration::Journal::Open(path, Deadline::After(std::chrono::seconds(10))));
   return std::unique_ptr<DomainJournal>(new DomainJournal(std::move(journal)));
 }
 

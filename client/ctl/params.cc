@@ -103,6 +103,27 @@ std::shared_ptr<ParamOptions> AddParamOptions(CLI::App* command) {
           "--no-free-page-hints", [o] { o->free_page_hints = false; }, "Do not ask the guest")
       ->excludes("--free-page-hints")
       ->group(group);
+  // What QEMU does itself when libvirt moves a domain.
+  const std::string libvirt = "Parameters for libvirt domains";
+  command->add_option("--compression", o->compression, "How QEMU compresses: none, xbzrle, zlib or zstd")
+      ->check(CLI::IsMember({"none", "xbzrle", "zlib", "zstd"}))
+      ->option_text("METHOD")
+      ->group(libvirt);
+  auto flag = [&](const std::string& name, std::optional<bool> ParamOptions::*field, const std::string& yes,
+                  const std::string& no) {
+    command->add_flag_callback("--" + name, [o, field] { (*o).*field = true; }, yes)->group(libvirt);
+    command->add_flag_callback("--no-" + name, [o, field] { (*o).*field = false; }, no)
+        ->excludes("--" + name)
+        ->group(libvirt);
+  };
+  flag("auto-converge", &ParamOptions::auto_converge, "Slow the guest down while it writes too fast",
+       "Do not slow it down");
+  flag("post-copy", &ParamOptions::post_copy, "Allow post-copy; --on-stall postcopy makes use of it",
+       "Do not allow it");
+  flag("zero-copy", &ParamOptions::zero_copy, "Send without copies in the kernel (needs locked memory)",
+       "Do not");
+  flag("copy-storage", &ParamOptions::copy_storage, "Copy the disks that the destination does not have",
+       "Do not copy disks");
   return o;
 }
 
@@ -154,6 +175,26 @@ absl::StatusOr<v1::MigrationParams> BuildParams(const ParamOptions& o, std::vect
   if (o.free_page_hints) {
     params.set_free_page_hints(*o.free_page_hints);
     given("free_page_hints");
+  }
+  if (o.compression) {
+    params.set_compression(*o.compression == "none" ? "" : *o.compression);
+    given("compression");
+  }
+  if (o.auto_converge) {
+    params.set_auto_converge(*o.auto_converge);
+    given("auto_converge");
+  }
+  if (o.post_copy) {
+    params.set_post_copy(*o.post_copy);
+    given("post_copy");
+  }
+  if (o.zero_copy) {
+    params.set_zero_copy(*o.zero_copy);
+    given("zero_copy");
+  }
+  if (o.copy_storage) {
+    params.set_copy_storage(*o.copy_storage);
+    given("copy_storage");
   }
   return params;
 }

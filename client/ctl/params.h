@@ -25,6 +25,9 @@ struct ParamOptions {
   bool tls = false;
   bool tls_given = false;
   std::optional<bool> free_page_hints;
+  // Of the VMM engine.
+  std::optional<std::string> compression;
+  std::optional<bool> auto_converge, post_copy, zero_copy, copy_storage;
 };
 
 // Adds the options to `command`, which must not outlive them.

@@ -397,15 +397,15 @@ class LibvirtInventory::Impl {
   }
 
   void Drop(const std::string& uuid, const std::string& message) {
-    std::string id;
+    v1::Vm vm;
     {
       std::lock_guard lock(mutex_);
       auto found = domains_.find(uuid);
       if (found == domains_.end()) return;
-      id = found->second.vm.name().substr(4);
+      vm = std::move(found->second.vm);
       domains_.erase(found);
     }
-    callbacks_.on_gone(id, message);
+    callbacks_.on_gone(vm, message);
   }
 
   // A domain that cannot be read stays as it was last seen.

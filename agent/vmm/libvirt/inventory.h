@@ -34,8 +34,8 @@ struct InventoryCallbacks {
   std::function<void(const v1::Vm&)> on_vm;
   // Everything that the daemon had when it answered for the first time was read, or again after a break.
   std::function<void()> on_read;
-  // `vm` is the id ("web1").
-  std::function<void(const std::string& vm, const std::string& message)> on_gone;
+  // `vm` as it was told last.
+  std::function<void(const v1::Vm& vm, const std::string& message)> on_gone;
 };
 
 // Thread-safe.

@@ -73,8 +73,7 @@ absl::StatusOr<MoveCall> MakeMoveCall(const MoveSource& source, const v1::Domain
   if (!target.xml().empty()) add(VIR_MIGRATE_PARAM_DEST_XML, target.xml());
   if (source.persistent) {
     call.flags |= VIR_MIGRATE_PERSIST_DEST | VIR_MIGRATE_UNDEFINE_SOURCE;
-    if (!target.xml().empty() && target.xml() != source.xml)
-      add(VIR_MIGRATE_PARAM_PERSIST_XML, target.xml());
+    if (!target.xml().empty() && target.xml() != source.xml) add(VIR_MIGRATE_PARAM_PERSIST_XML, target.xml());
   }
   if (target.copied_disks_size() > 0) {
     call.flags |= VIR_MIGRATE_NON_SHARED_DISK;

@@ -52,9 +52,9 @@ class LibvirtInventoryTest : public testing::Test {
       vms_[vm.name()] = vm;
       changed_.notify_all();
     };
-    callbacks.on_gone = [this](const std::string& vm, const std::string&) {
+    callbacks.on_gone = [this](const v1::Vm& vm, const std::string&) {
       std::lock_guard lock(mutex_);
-      vms_.erase("vms/" + vm);
+      vms_.erase(vm.name());
       changed_.notify_all();
     };
     callbacks.on_read = [this] {

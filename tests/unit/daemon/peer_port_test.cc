@@ -23,7 +23,7 @@ class PeerPortTest : public AgentTest {
     AgentTest::SetUp();
     config_.peer.listen.host = "127.0.0.1";
     tasks_ = std::make_unique<TaskQueue>(2);
-    auto port = PeerPort::Start(config_, agent_->vms(), agent_->metrics, *tasks_);
+    auto port = PeerPort::Start(config_, agent_->vms(), nullptr, agent_->metrics, *tasks_);
     ASSERT_TRUE(port.ok()) << port.status();
     port_ = *std::move(port);
   }
@@ -192,13 +192,13 @@ TEST_F(PeerPortTest, OwnerWhoseShimDiedIsAdoptedAndAnswers) {
 TEST_F(PeerPortTest, PortInUseIsSaid) {
   AgentConfig second = config_;
   second.peer.listen.port = port_->port();
-  auto port = PeerPort::Start(second, agent_->vms(), agent_->metrics, *tasks_);
+  auto port = PeerPort::Start(second, agent_->vms(), nullptr, agent_->metrics, *tasks_);
   EXPECT_EQ(port.status().code(), absl::StatusCode::kAlreadyExists);
   EXPECT_THAT(Message(port.status()),
               HasSubstr(fmt::format("peer.listen: 127.0.0.1:{} is in use", port_->port())));
   second.peer.listen.host = "192.0.2.1";  // TEST-NET-1: nobody's
   second.peer.listen.port = 0;
-  EXPECT_THAT(Message(PeerPort::Start(second, agent_->vms(), agent_->metrics, *tasks_).status()),
+  EXPECT_THAT(Message(PeerPort::Start(second, agent_->vms(), nullptr, agent_->metrics, *tasks_).status()),
               HasSubstr("peer.listen: 192.0.2.1:0: Cannot assign requested address"));
 }
 
