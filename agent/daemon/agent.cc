@@ -131,7 +131,8 @@ void Agent::StartLibvirt() {
     if (auto s = session()) s->Send(report);
   };
   domains_ = std::make_unique<DomainManager>(
-      DomainManagerParts{config_, store_, reports_, *launcher_, metrics_, vm_tasks_}, std::move(events));
+      DomainManagerParts{config_, store_, reports_, backends_, *launcher_, metrics_, vm_tasks_},
+      std::move(events));
   vmm::InventoryOptions options;
   options.libvirt.uri = config_.libvirt.uri;
   options.mediator_dir = config_.libvirt.socket_dir;
@@ -310,7 +311,13 @@ absl::Status Agent::Run(const v1::Command& command, Deadline deadline, v1::Comma
                      command.console_open().vm(), config_.name);
       return consoles_->Open(command.console_open().stream(), entry->name(), entry->paths());
     }
-    case v1::Command::kMediateDomain:
+    case v1::Command::kMediateDomain: {
+      if (!domains_)
+        return Error(absl::StatusCode::kFailedPrecondition,
+                     "host {} has no libvirt (`libvirt` in its agent's configuration)", config_.name);
+      ASSIGN_OR_RETURN(*result->mutable_mediated(), domains_->Mediate(command.mediate_domain(), deadline));
+      return absl::OkStatus();
+    }
     case v1::Command::BODY_NOT_SET:
       break;
   }

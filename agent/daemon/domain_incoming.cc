@@ -38,7 +38,10 @@ absl::StatusOr<std::string> DomainToken() {
 }
 
 // A back-end of this host for a device that QEMU reaches itself: it must be there and answer.
-absl::StatusOr<std::vector<v1::Finding>> ProbeDomainDevice(const vmm::DomainDevice& device, Deadline deadline) {
+absl::StatusOr<std::vector<v1::Finding>> ProbeDomainDevice(const vmm::DomainDevice& device,
+                                                           Deadline deadline) {
+  // Ours, made when the domain is awaited; its back-end is looked at apart.
+  if (device.mediated) return std::vector<v1::Finding>();
   v1::DeviceSpec spec;
   spec.set_name(device.name);
   spec.set_class_(device.type == vmm::DeviceType::kInterface ? v1::NET : v1::BLK);
@@ -49,13 +52,6 @@ absl::StatusOr<std::vector<v1::Finding>> ProbeDomainDevice(const vmm::DomainDevi
   return std::vector<v1::Finding>();
 }
 
-std::string FirstOf(const std::vector<v1::Finding>& findings) {
-  for (const v1::Finding& finding : findings) {
-    if (finding.severity() == v1::BLOCKER) return fmt::format("{}: {}", finding.subject(), finding.message());
-  }
-  return "";
-}
-
 }  // namespace
 
 // What the checks have found, and how the domain would come.
@@ -63,6 +59,7 @@ struct DomainManager::Plan {
   std::string uuid, vm;
   std::vector<v1::Finding> findings;
   v1::DomainTarget target;
+  Mediated mediated;
   // Disks to be made here: path as here, format and size as at the source.
   std::vector<v1::DomainDisk> images;
 };
@@ -83,14 +80,15 @@ absl::StatusOr<DomainManager::Plan> DomainManager::MakePlan(const v1::PrepareInc
   request.domain = *std::move(described);
   // The UUID becomes the name of a directory.
   if (request.domain.uuid != plan.uuid || !IsValidName(plan.uuid))
-    return Error(absl::StatusCode::kInvalidArgument, "the source speaks of domain '{}', its XML of '{}'", plan.uuid,
-                 request.domain.uuid);
+    return Error(absl::StatusCode::kInvalidArgument, "the source speaks of domain '{}', its XML of '{}'",
+                 plan.uuid, request.domain.uuid);
   request.params = command.params();
   request.source_vmm_version = source.vmm_version();
   request.disks.assign(source.disks().begin(), source.disks().end());
   request.probe = &ProbeDomainDevice;
   const vmm::DestinationFacts facts = vmm::GatherDestinationFacts(*libvirt, request, deadline);
   plan.findings = vmm::JudgeDestination(request, facts);
+  ResolveMediated(request.domain, plan.vm, command, &plan.mediated, &plan.findings, deadline);
   const std::string host = "host " + config_.name;
   for (const vmm::XmlChange& change : rewritten->changes)
     plan.findings.push_back(MakeFinding(v1::INFO, "REWRITTEN", change.subject,
@@ -104,9 +102,9 @@ absl::StatusOr<DomainManager::Plan> DomainManager::MakePlan(const v1::PrepareInc
                                         "this host migrates with TLS only (peer.tls: on)",
                                         "migrate with TLS, or allow plaintext on this host"));
   if (auto described_host = DescribeDomainHost(config_.libvirt); !described_host.ok())
-    plan.findings.push_back(MakeFinding(v1::BLOCKER, "QEMU_USER_UNKNOWN", host,
-                                        Message(described_host.status()),
-                                        "set libvirt.qemu_user and libvirt.qemu_group in this host's configuration"));
+    plan.findings.push_back(
+        MakeFinding(v1::BLOCKER, "QEMU_USER_UNKNOWN", host, Message(described_host.status()),
+                    "set libvirt.qemu_user and libvirt.qemu_group in this host's configuration"));
   std::stable_sort(plan.findings.begin(), plan.findings.end(),
                    [](const v1::Finding& a, const v1::Finding& b) { return a.severity() > b.severity(); });
   plan.target.set_xml(rewritten->xml);
@@ -127,7 +125,8 @@ absl::StatusOr<DomainManager::Plan> DomainManager::MakePlan(const v1::PrepareInc
   return plan;
 }
 
-absl::Status DomainManager::MakeImages(const Plan& plan, const v1::DomainHost& host, Deadline deadline) const {
+absl::Status DomainManager::MakeImages(const Plan& plan, const v1::DomainHost& host,
+                                       Deadline deadline) const {
   std::vector<std::string> made;
   for (const v1::DomainDisk& image : plan.images) {
     std::error_code error;
@@ -139,8 +138,13 @@ absl::Status DomainManager::MakeImages(const Plan& plan, const v1::DomainHost& h
   for (const v1::DomainDisk& image : plan.images) {
     if (std::find(made.begin(), made.end(), image.path()) == made.end()) continue;
     SpawnOptions options;
-    options.argv = {"qemu-img", "create", "-q", "-f", image.format().empty() ? "raw" : image.format(),
-                    image.path(), std::to_string(image.capacity())};
+    options.argv = {"qemu-img",
+                    "create",
+                    "-q",
+                    "-f",
+                    image.format().empty() ? "raw" : image.format(),
+                    image.path(),
+                    std::to_string(image.capacity())};
     auto created = RunCommand(std::move(options), deadline);
     if (!created.ok()) return Annotate(created.status(), "qemu-img");
     if (!created->status.ok())
@@ -208,8 +212,8 @@ absl::StatusOr<v1::Prepared> DomainManager::PrepareLocked(Locked locked, const P
     ASSIGN_OR_RETURN(migration::Ownership ownership, store_.OwnershipOf(plan.uuid));
     if (ownership.state == migration::Ownership::State::kYielded)
       return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
-                   "domain {} was given away by this host in migration {}, whose outcome is not known", plan.uuid,
-                   ownership.migration);
+                   "domain {} was given away by this host in migration {}, whose outcome is not known",
+                   plan.uuid, ownership.migration);
     // The domain is not here (that was checked): what the journal says of earlier stays is over.
     RETURN_IF_ERROR(store_.Forget(plan.uuid));
     ASSIGN_OR_RETURN(v1::ShimConfig conf, MakeConfig(plan.uuid, plan.vm));
@@ -219,6 +223,7 @@ absl::StatusOr<v1::Prepared> DomainManager::PrepareLocked(Locked locked, const P
     *conf.mutable_params() = command.params();
     *conf.mutable_domain() = plan.target;
     conf.mutable_domain_host()->set_name(command.source().vm().domain().name());
+    AddMediated(plan.mediated, &conf);
     RETURN_IF_ERROR(MakeImages(plan, conf.domain_host(), deadline));
     entry->set_conf(conf);
     RETURN_IF_ERROR(store_.Write(plan.uuid, conf));
@@ -251,9 +256,8 @@ absl::StatusOr<v1::Prepared> DomainManager::PrepareLocked(Locked locked, const P
 
 bool DomainManager::Expects(const std::string& migration_id) const {
   std::lock_guard lock(mutex_);
-  return std::any_of(entries_.begin(), entries_.end(), [&](const auto& entry) {
-    return entry.second->conf().migration_id() == migration_id;
-  });
+  return std::any_of(entries_.begin(), entries_.end(),
+                     [&](const auto& entry) { return entry.second->conf().migration_id() == migration_id; });
 }
 
 absl::Status DomainManager::AbortIncoming(const v1::AbortIncomingCommand& command, Deadline deadline) {
@@ -269,8 +273,8 @@ absl::Status DomainManager::AbortIncoming(const v1::AbortIncomingCommand& comman
                  command.migration_id());
   v1::ShimRequest request;
   *request.mutable_abort_incoming() = command;
-  // The shim decides; its last report then takes everything away. One that has just ended is started again, and
-  // asked again.
+  // The shim decides; its last report then takes everything away. One that has just ended is started again,
+  // and asked again.
   return entry->Call(request, deadline.Min(Deadline::After(kAbortEnds))).status();
 }
 

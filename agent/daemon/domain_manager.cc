@@ -88,14 +88,16 @@ DomainManager::EntryPtr DomainManager::FindEntry(const std::string& vm) const {
 absl::StatusOr<vmm::LibvirtConnection*> DomainManager::Connection() const {
   vmm::LibvirtInventory* inventory = inventory_;
   if (!inventory)
-    return Error(absl::StatusCode::kFailedPrecondition, "host {} has no libvirt (`libvirt` in its agent's configuration)",
-                 config_.name);
+    return Error(absl::StatusCode::kFailedPrecondition,
+                 "host {} has no libvirt (`libvirt` in its agent's configuration)", config_.name);
   return &inventory->connection();
 }
 
 uint64_t DomainManager::EpochOf(const migration::Ownership& ownership, bool served, bool here) const {
-  // One that was given away and is back has been moved by other hands, from whoever had it at the epoch after.
-  if (ownership.state == migration::Ownership::State::kReleased && here && !served) return ownership.epoch + 2;
+  // One that was given away and is back has been moved by other hands, from whoever had it at the epoch
+  // after.
+  if (ownership.state == migration::Ownership::State::kReleased && here && !served)
+    return ownership.epoch + 2;
   return ownership.epoch;
 }
 
@@ -126,6 +128,7 @@ void DomainManager::Complete(v1::Vm* vm) {
   const v1::ShimConfig conf = entry->conf();
   const v1::ShimStatus status = entry->status();
   vm->set_shim_pid(static_cast<uint64_t>(entry->shim().pid));
+  *vm->mutable_devices() = status.vm().devices();
   if (!status.vm().migration().empty()) vm->set_migration(status.vm().migration());
   // Until this side is owner it is the source's guest, whatever libvirt has of it here.
   if (!conf.migration_id().empty() && here && ownership->state != State::kOwner &&
@@ -134,15 +137,21 @@ void DomainManager::Complete(v1::Vm* vm) {
 }
 
 void DomainManager::OnGone(const std::string& uuid) {
+  EntryPtr served;
   {
     std::lock_guard lock(mutex_);
     departed_.erase(uuid);
-    if (entries_.count(uuid)) return;
+    if (auto found = entries_.find(uuid); found != entries_.end()) served = found->second;
+  }
+  if (served) {
+    // Its devices were served as long as it was defined here.
+    if (served->conf().domain_host().resident())
+      parts_.tasks.Post([this, served] { Retire(served, "libvirt does not have the domain any more"); });
+    return;
   }
   // A domain that ended here for good has no epoch any more; of one that left, the next to come must know it.
   auto ownership = store_.OwnershipOf(uuid);
-  if (ownership.ok() && ownership->state == migration::Ownership::State::kOwner)
-    (void)store_.Forget(uuid);
+  if (ownership.ok() && ownership->state == migration::Ownership::State::kOwner) (void)store_.Forget(uuid);
 }
 
 void DomainManager::Tell(const std::string& uuid) {
@@ -162,8 +171,8 @@ absl::StatusOr<DomainManager::Locked> DomainManager::Lock(const std::string& uui
     }
     std::unique_lock operation(entry->operation(), deadline.when());
     if (!operation.owns_lock())
-      return Error(absl::StatusCode::kDeadlineExceeded, "another operation on domain {} has not ended in time",
-                   uuid);
+      return Error(absl::StatusCode::kDeadlineExceeded,
+                   "another operation on domain {} has not ended in time", uuid);
     if (entry->removed()) continue;
     return Locked{std::move(entry), std::move(operation)};
   }
@@ -242,7 +251,8 @@ void DomainManager::OnReport(const EntryPtr& entry, const v1::SideReport& report
   });
 }
 
-absl::StatusOr<v1::ShimConfig> DomainManager::MakeConfig(const std::string& uuid, const std::string& vm) const {
+absl::StatusOr<v1::ShimConfig> DomainManager::MakeConfig(const std::string& uuid,
+                                                         const std::string& vm) const {
   ASSIGN_OR_RETURN(v1::DomainHost host, DescribeDomainHost(config_.libvirt));
   const VmPaths paths = DomainPathsOf(config_, uuid);
   v1::ShimConfig conf;
@@ -364,8 +374,8 @@ absl::Status DomainManager::StartOutgoing(const v1::StartOutgoingCommand& comman
     ASSIGN_OR_RETURN(migration::Ownership ownership, store_.OwnershipOf(uuid));
     if (const uint64_t epoch = EpochOf(ownership, entry->connected(), true); epoch != command.epoch())
       return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
-                   "the migration is for epoch {} of the domain, this host has it at epoch {}", command.epoch(),
-                   epoch);
+                   "the migration is for epoch {} of the domain, this host has it at epoch {}",
+                   command.epoch(), epoch);
     const bool shared = DisksAreShared(vm.domain(), command.domain(), config_.libvirt.shared);
     if (!entry->connected()) {
       ASSIGN_OR_RETURN(v1::ShimConfig conf, MakeConfig(uuid, command.vm()));
@@ -387,7 +397,8 @@ absl::Status DomainManager::StartOutgoing(const v1::StartOutgoingCommand& comman
   return started;
 }
 
-absl::Status DomainManager::Forward(const std::string& vm, const v1::ShimRequest& request, Deadline deadline) {
+absl::Status DomainManager::Forward(const std::string& vm, const v1::ShimRequest& request,
+                                    Deadline deadline) {
   EntryPtr entry = FindEntry(vm);
   if (!entry) {
     if (auto known = Find(vm); known.ok()) entry = FindEntry(known->domain().uuid());

@@ -1,5 +1,6 @@
-// The libvirt domains of this host as far as Baton moves them: checks before the start, a shim for each domain
-// that is moving (or whose devices are mediated), and what is to be told of them beside what libvirt tells.
+// The libvirt domains of this host as far as Baton moves them: checks before the start, a shim for each
+// domain that is moving (or whose devices are mediated), and what is to be told of them beside what libvirt
+// tells.
 //
 // A shim that died is started again with what it was told; it finds out by itself what became of the domain.
 // The agent ends no domain and starts none.
@@ -16,6 +17,7 @@
 
 #include "agent/daemon/agent_config.h"
 #include "agent/daemon/agent_metrics.h"
+#include "agent/daemon/backend_resolver.h"
 #include "agent/daemon/domain_store.h"
 #include "agent/daemon/report_store.h"
 #include "agent/daemon/shim_launcher.h"
@@ -35,6 +37,7 @@ struct DomainManagerParts {
   // Of verdicts about migrations that have ended.
   VmStore& ended;
   ReportStore& reports;
+  BackendResolver& backends;
   ShimLauncher& launcher;
   AgentMetrics& metrics;
   TaskQueue& tasks;
@@ -74,6 +77,11 @@ class DomainManager {
   // Cancel, retune and resolve: passed on to the domain's shim.
   absl::Status Forward(const std::string& vm, const v1::ShimRequest& request, Deadline deadline);
 
+  // Puts Baton between the domain of that XML and its vhost-user back-ends: a shim serves them from now on,
+  // and the XML that comes back leads to it.
+  absl::StatusOr<v1::MediateDomainResponse> Mediate(const v1::MediateDomainCommand& command,
+                                                    Deadline deadline);
+
   // --- peer port ---
   // As VmManager::FindIncoming.
   absl::StatusOr<std::shared_ptr<VmEntry>> FindIncoming(const std::string& migration_id,
@@ -105,6 +113,20 @@ class DomainManager {
   void Retire(const EntryPtr& entry, const std::string& why);
   void Remove(const EntryPtr& entry);
   void Drop(const EntryPtr& entry);
+
+  // --- domain_mediate.cc ---
+  // Devices that mediators serve here.
+  struct Mediated {
+    std::vector<v1::DeviceSpec> specs;
+    std::vector<v1::ResolvedDevice> devices;  // of the same order
+  };
+  std::string DeviceDir(const std::string& uuid) const;
+  void ResolveMediated(const vmm::DomainDescription& domain, const std::string& vm,
+                       const v1::PrepareIncomingCommand& command, Mediated* out,
+                       std::vector<v1::Finding>* findings, Deadline deadline) const;
+  void AddMediated(const Mediated& mediated, v1::ShimConfig* conf) const;
+  absl::Status Serve(const std::string& uuid, const std::string& vm, const std::string& name,
+                     const Mediated& wanted, Deadline deadline);
 
   // --- domain_incoming.cc ---
   struct Plan;

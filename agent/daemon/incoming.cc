@@ -15,7 +15,7 @@ namespace {
 
 using std::chrono::seconds;
 
-constexpr Duration kProbeTimeout = seconds(3);
+constexpr Duration kArrivalProbe = seconds(3);
 
 absl::StatusOr<std::string> RandomToken() {
   std::string token(stream::kTokenSize, '\0');
@@ -108,7 +108,7 @@ std::vector<v1::ResolvedDevice> VmManager::ResolveDevices(const v1::PrepareIncom
     }
     devices.push_back(*resolved);
     auto probed =
-        vhost::ProbeBackend(device, resolved->backend(), deadline.Min(Deadline::After(kProbeTimeout)));
+        vhost::ProbeBackend(device, resolved->backend(), deadline.Min(Deadline::After(kArrivalProbe)));
     if (!probed.ok()) {
       findings->push_back(BackendFinding(device, probed.status()));
       continue;

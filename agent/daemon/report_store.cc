@@ -14,7 +14,7 @@ namespace {
 namespace fs = std::filesystem;
 
 // Migration ids come from other programs: only those that are plain file names are written.
-bool SafeFileName(const std::string& id) {
+bool SafeReportName(const std::string& id) {
   return !id.empty() && id.size() <= 64 && id[0] != '.' && id.find('/') == std::string::npos &&
          id.find('\0') == std::string::npos;
 }
@@ -61,7 +61,7 @@ std::optional<v1::SideReport> ReportStore::Update(v1::SideReport report) {
     report.set_sequence(1);
   }
   reports_[key] = report;
-  if (persist && SafeFileName(report.migration_id())) {
+  if (persist && SafeReportName(report.migration_id())) {
     absl::Status written = WriteMessageDurable(FileOf(key), report);
     if (!written.ok()) LOG_ERROR("report cannot be kept: {}", Message(written));
   }
@@ -72,7 +72,7 @@ bool ReportStore::Acknowledge(const std::string& migration_id, v1::Role role, ui
   std::lock_guard lock(mutex_);
   auto found = reports_.find({migration_id, role});
   if (found == reports_.end() || !found->second.done() || found->second.sequence() > sequence) return false;
-  if (SafeFileName(migration_id)) {
+  if (SafeReportName(migration_id)) {
     absl::Status removed = RemoveFileDurable(FileOf(found->first));
     if (!removed.ok()) LOG_WARN("report stays: {}", Message(removed));
   }

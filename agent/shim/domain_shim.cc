@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "common/durable_file.h"
 #include "common/log.h"
 #include "common/version.h"
 
@@ -25,6 +26,7 @@ DomainShim::~DomainShim() {
   outgoing_.reset();
   incoming_.reset();
   local_.reset();
+  devices_.reset();
   if (control_) control_->Close();
 }
 
@@ -89,6 +91,7 @@ DomainOutgoingParts DomainShim::OutgoingParts() {
 
 void DomainShim::Begin() {
   const v1::ShimConfig config = config_.Get();
+  StartDevices(config);
   vmm::LibvirtOptions options;
   options.uri = config.libvirt_uri();
   vmm::LibvirtCallbacks callbacks;
@@ -106,7 +109,8 @@ void DomainShim::Begin() {
     });
   };
   local_ = vmm::LibvirtConnection::Start(std::move(options), std::move(callbacks));
-  if (!config.migration_id().empty()) {
+  // The domain must not come before its devices are served.
+  if (!config.migration_id().empty() && devices_failed_.ok()) {
     DomainIncomingParts parts{config_,
                               *journal_,
                               *local_,
@@ -118,6 +122,22 @@ void DomainShim::Begin() {
   if (!config.outgoing().migration_id().empty())
     outgoing_ = std::make_unique<DomainOutgoing>(OutgoingParts(), config.outgoing(), /*resume=*/true);
   PublishStatus();
+}
+
+void DomainShim::StartDevices(const v1::ShimConfig& config) {
+  if (config.devices().empty()) return;
+  // Lost at a reboot, as QEMU is: without it no shim has served these devices to this QEMU.
+  const std::string mark = config.run_dir() + "/served";
+  const bool returning = ::access(mark.c_str(), F_OK) == 0;
+  auto devices =
+      DomainDevices::Start(config, returning, [this] { loop_->Post([this] { PublishStatus(); }); });
+  if (!devices.ok()) {
+    LOG_ERROR("{}", Message(devices.status()));
+    devices_failed_ = devices.status();
+    return;
+  }
+  devices_ = *std::move(devices);
+  if (absl::Status marked = WriteFileDurable(mark, ""); !marked.ok()) LOG_WARN("{}", Message(marked));
 }
 
 void DomainShim::OnRequest(v1::ShimRequest request, UniqueFd fd, Respond respond) {
@@ -276,6 +296,14 @@ v1::ShimStatus DomainShim::Status() const {
       vm->set_message(Message(failure));
       status.set_reason(ReasonOf(failure, v1::DESTINATION_START_FAILED));
     }
+  }
+  if (!devices_failed_.ok()) {
+    vm->set_state(v1::Vm::STOPPED);
+    vm->set_message(Message(devices_failed_));
+    status.set_reason(ReasonOf(devices_failed_, v1::DESTINATION_BACKEND_FAILED));
+  }
+  if (devices_) {
+    for (v1::Device& device : devices_->Describe()) *vm->add_devices() = std::move(device);
   }
   if (auto reports = Reports(); !reports.empty()) *status.mutable_report() = reports.back();
   return status;

@@ -15,6 +15,7 @@
 
 #include "agent/shim/config_store.h"
 #include "agent/shim/control_server.h"
+#include "agent/shim/domain_devices.h"
 #include "agent/shim/domain_incoming.h"
 #include "agent/shim/domain_outgoing.h"
 #include "agent/shim/domain_side.h"
@@ -51,6 +52,7 @@ class DomainShim {
   void AbortIncoming(const v1::AbortIncomingCommand& command, Respond respond);
   absl::Status Retire();
   void Acknowledge(const v1::ReportAck& ack);
+  void StartDevices(const v1::ShimConfig& config);
   void PublishStatus();
   v1::ShimStatus Status() const;
   std::vector<v1::ShimReply> Snapshot() const;
@@ -75,6 +77,8 @@ class DomainShim {
   // By migration and role; the newest of each, until a final one is acknowledged.
   std::map<std::pair<std::string, v1::Role>, v1::SideReport> reports_;  // guarded by mutex_
 
+  std::unique_ptr<DomainDevices> devices_;  // null: none
+  absl::Status devices_failed_;
   std::unique_ptr<vmm::LibvirtConnection> local_;
   std::unique_ptr<DomainOutgoing> outgoing_;
   std::unique_ptr<DomainIncoming> incoming_;

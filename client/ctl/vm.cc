@@ -6,9 +6,12 @@
 
 #include "client/ctl/console.h"
 #include "client/ctl/context.h"
+#include "client/ctl/exit_codes.h"
 #include "client/ctl/show.h"
 #include "client/ctl/terminal.h"
 #include "client/lib/units.h"
+#include "common/config.h"
+#include "common/durable_file.h"
 #include "common/vm_spec.h"
 
 namespace baton::client {
@@ -17,20 +20,24 @@ namespace {
 constexpr char kStartTimeout[] = "2m";
 constexpr char kStopTimeout[] = "2m";
 
-absl::StatusOr<v1::VmSpec> ReadSpec(const std::string& path) {
-  if (path != "-") return ReadVmSpecFile(path);
-  // A spec is a page of text; more is a mistake.
-  constexpr size_t kLimit = 1 << 20;
+absl::StatusOr<std::string> ReadStandardInput(size_t limit) {
   std::string text;
   char buffer[4096];
-  while (text.size() <= kLimit) {
+  while (text.size() <= limit) {
     ssize_t n = ::read(STDIN_FILENO, buffer, sizeof buffer);
-    if (n == 0) return ParseVmSpec(text, "<stdin>");
+    if (n == 0) return text;
     if (n < 0 && errno != EINTR) return ErrnoError(errno, "reading standard input");
     if (n > 0) text.append(buffer, static_cast<size_t>(n));
   }
-  return Error(absl::StatusCode::kInvalidArgument, "the spec on standard input is larger than {} bytes",
-               kLimit);
+  return Error(absl::StatusCode::kInvalidArgument, "what is on standard input is larger than {} bytes",
+               limit);
+}
+
+absl::StatusOr<v1::VmSpec> ReadSpec(const std::string& path) {
+  if (path != "-") return ReadVmSpecFile(path);
+  // A spec is a page of text; more is a mistake.
+  ASSIGN_OR_RETURN(std::string text, ReadStandardInput(1 << 20));
+  return ParseVmSpec(text, "<stdin>");
 }
 
 void AddStart(CLI::App* vm, Context* context) {
@@ -136,6 +143,62 @@ void AddConsole(CLI::App* vm, Context* context) {
   });
 }
 
+struct MediateOptions {
+  std::string file, host, out, timeout = kStartTimeout, format;
+  bool dry_run = false;
+};
+
+absl::StatusOr<int> RunMediate(Context& c, const MediateOptions& o) {
+  constexpr size_t kLimit = 4 << 20;
+  v1::MediateDomainRequest request;
+  ASSIGN_OR_RETURN(*request.mutable_host(), FullName(Collection::kHosts, o.host));
+  auto xml = o.file == "-" ? ReadStandardInput(kLimit) : ReadFileLimited(o.file, kLimit);
+  if (!xml.ok()) return AsWrongInput(xml.status());
+  request.set_xml(*std::move(xml));
+  request.set_validate_only(o.dry_run);
+  ASSIGN_OR_RETURN(Duration timeout, ParseDuration(o.timeout));
+  ASSIGN_OR_RETURN(Client * client, c.Connect());
+  ASSIGN_OR_RETURN(v1::MediateDomainResponse answer, client->MediateDomain(request, timeout));
+  if (!o.out.empty() && !o.dry_run) RETURN_IF_ERROR(WriteFileDurable(o.out, answer.xml()));
+  RETURN_IF_ERROR(PrintResource(ParseFormat(o.format), answer, request.host(), [&] {
+    std::string findings = answer.findings().empty() ? "" : DescribeFindings(answer.findings());
+    if (o.dry_run) return findings.empty() ? std::string("no findings\n") : findings;
+    // The XML alone, where it goes on to `virsh define`.
+    if (o.out.empty()) return answer.xml();
+    return findings + fmt::format("{} device(s) mediated; define the domain with: virsh define {}\n",
+                                  answer.devices_size(), o.out);
+  }));
+  for (const v1::Finding& finding : answer.findings()) {
+    if (o.dry_run && finding.severity() == v1::BLOCKER) return kExitBlocked;
+  }
+  return 0;
+}
+
+void AddMediate(CLI::App* vm, Context* context) {
+  auto o = std::make_shared<MediateOptions>();
+  CLI::App* command =
+      vm->add_subcommand("mediate", "Put Baton between a libvirt domain and its vhost-user back-ends");
+  command->add_option("DOMAIN.xml", o->file, "As 'virsh dumpxml --inactive' has it; '-' reads standard input")
+      ->required();
+  command->add_option("--host", o->host, "Host of the domain (required)")->required()->option_text("HOST");
+  command->add_option("-o,--out", o->out, "Write the new XML here; default: standard output")
+      ->option_text("FILE");
+  command->add_option("--format", o->format, "Print the whole answer as json or yaml")
+      ->check(CLI::IsMember({"json", "yaml"}))
+      ->option_text("FORMAT");
+  command->add_flag("--dry-run", o->dry_run, "Only say what would be changed and what stands against it");
+  command->add_option("--timeout", o->timeout, "How long it may take (default 2m)")->option_text("DURATION");
+  command->footer(
+      "The domain must be defined with the new XML and started anew; from then on its devices survive a "
+      "crash "
+      "or an\nupgrade of their back-ends.\n\n"
+      "Examples:\n"
+      "  virsh dumpxml --inactive web1 > web1.xml\n"
+      "  batonctl vm mediate web1.xml --host a --dry-run\n"
+      "  batonctl vm mediate web1.xml --host a -o web1-mediated.xml && virsh define web1-mediated.xml");
+  command->callback([=] { context->action = [o](Context& c) { return RunMediate(c, *o); }; });
+}
+
 }  // namespace
 
 void AddVmCommands(CLI::App* app, Context* context) {
@@ -145,6 +208,7 @@ void AddVmCommands(CLI::App* app, Context* context) {
   AddStop(vm, context);
   AddList(vm, context);
   AddConsole(vm, context);
+  AddMediate(vm, context);
 }
 
 }  // namespace baton::client

@@ -191,6 +191,16 @@ absl::Status Client::StopVm(const std::string& name, bool force, Duration timeou
               [&](grpc::ClientContext* c) { return stubs_->fleet.StopVm(c, request, &out); });
 }
 
+absl::StatusOr<v1::MediateDomainResponse> Client::MediateDomain(const v1::MediateDomainRequest& request,
+                                                                Duration timeout) {
+  v1::MediateDomainResponse out;
+  // Doing it twice is doing it once.
+  RETURN_IF_ERROR(Call(Repeat::kYes, timeout, [&](grpc::ClientContext* c) {
+    return stubs_->fleet.MediateDomain(c, request, &out);
+  }));
+  return out;
+}
+
 absl::StatusOr<v1::SwapDeviceResponse> Client::SwapDevice(v1::SwapDeviceRequest request, Duration timeout) {
   if (request.request_id().empty()) request.set_request_id(MakeRequestId());
   v1::SwapDeviceResponse out;

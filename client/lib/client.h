@@ -54,6 +54,8 @@ class Client {
   absl::Status StopVm(const std::string& name, bool force, Duration timeout);
 
   // Waits until the new back-end serves the device. A request_id is made up if there is none.
+  absl::StatusOr<v1::MediateDomainResponse> MediateDomain(const v1::MediateDomainRequest& request,
+                                                          Duration timeout);
   absl::StatusOr<v1::SwapDeviceResponse> SwapDevice(v1::SwapDeviceRequest request, Duration timeout);
 
   // `request` gets a request_id if it has none. validate_only calls may take `timeout`, which must leave room

@@ -136,6 +136,20 @@ grpc::ServerUnaryReactor* FleetService::SwapDevice(grpc::CallbackServerContext* 
   });
 }
 
+grpc::ServerUnaryReactor* FleetService::MediateDomain(grpc::CallbackServerContext* context,
+                                                      const v1::MediateDomainRequest* request,
+                                                      v1::MediateDomainResponse* response) {
+  return Unary(api_, context, "MediateDomain", Role::kOperator, request->host(), [=, this](Done done) {
+    auto host = ParseName(request->host(), "hosts", "host");
+    if (!host.ok()) return done(host.status());
+    if (request->xml().empty() || request->xml().size() > (4u << 20))
+      return done(InvalidField("xml", "is a domain's XML of at most 4 MiB"));
+    fleet_.MediateDomain(*host, *request, [done, response](absl::StatusOr<v1::MediateDomainResponse> answer) {
+      done(Store1(std::move(answer), response));
+    });
+  });
+}
+
 grpc::ServerBidiReactor<v1::ConsoleRequest, v1::ConsoleResponse>* FleetService::Console(
     grpc::CallbackServerContext* context) {
   return StartConsole(api_, CallerOf(*context), fleet_);

@@ -29,6 +29,9 @@ class FleetService : public v1::Fleet::CallbackService {
   grpc::ServerUnaryReactor* SwapDevice(grpc::CallbackServerContext* context,
                                        const v1::SwapDeviceRequest* request,
                                        v1::SwapDeviceResponse* response) override;
+  grpc::ServerUnaryReactor* MediateDomain(grpc::CallbackServerContext* context,
+                                          const v1::MediateDomainRequest* request,
+                                          v1::MediateDomainResponse* response) override;
   grpc::ServerUnaryReactor* StopVm(grpc::CallbackServerContext* context, const v1::StopVmRequest* request,
                                    v1::StopVmResponse* response) override;
   grpc::ServerBidiReactor<v1::ConsoleRequest, v1::ConsoleResponse>* Console(

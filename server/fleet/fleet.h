@@ -100,6 +100,10 @@ class Fleet {
   using SwapCallback = std::function<void(absl::StatusOr<v1::SwapDeviceResponse>)>;
   // Fleet.SwapDevice; the request's names have been checked.
   void SwapDevice(const v1::SwapDeviceRequest& request, SwapCallback callback);
+  using MediateCallback = std::function<void(absl::StatusOr<v1::MediateDomainResponse>)>;
+  // Fleet.MediateDomain at the host `host`; passed on to its agent.
+  void MediateDomain(const std::string& host, const v1::MediateDomainRequest& request,
+                     MediateCallback callback);
   // OK, or why the VM may not migrate now: a back-end of it is being swapped.
   absl::Status CheckNotSwapping(const std::string& vm) const;
 

@@ -14,6 +14,9 @@ constexpr int64_t kSwapSeconds = 30;
 
 constexpr char kSwapRequests[] = "requests/swaps.";
 
+// An agent probes the back-ends and starts a shim.
+constexpr int64_t kMediateSeconds = 30;
+
 std::string SwapRequestKey(const std::string& request_id) { return kSwapRequests + request_id; }
 
 // Equal for equal requests: there is no map in it.
@@ -104,6 +107,19 @@ absl::Status Fleet::ForgetSwaps() {
     return absl::OkStatus();
   }));
   return forget.empty() ? absl::OkStatus() : store_.Commit(forget).status();
+}
+
+void Fleet::MediateDomain(const std::string& host, const v1::MediateDomainRequest& request,
+                          MediateCallback callback) {
+  if (!hosts_.count(host)) return callback(NoSuch("hosts", host));
+  v1::Command command;
+  command.mutable_mediate_domain()->set_xml(request.xml());
+  command.mutable_mediate_domain()->set_validate_only(request.validate_only());
+  command.mutable_timeout()->set_seconds(kMediateSeconds);
+  Send(host, std::move(command), [host, callback = std::move(callback)](CommandReply reply) {
+    if (!reply.status.ok()) return callback(Annotate(reply.status, fmt::format("hosts/{}", host)));
+    callback(reply.result.mediated());
+  });
 }
 
 absl::StatusOr<v1::SwapDeviceResponse> Fleet::TakeSwapped(const v1::SwapDeviceRequest& request,

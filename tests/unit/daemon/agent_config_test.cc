@@ -191,5 +191,30 @@ TEST_F(Environment, MissingProgramsAreNamed) {
   EXPECT_THAT(Check(), HasSubstr("backend_hook.command: the hook must exist: /nonexistent/hook"));
 }
 
+TEST(AgentConfigTest, Libvirt_IsAWordOrAMap) {
+  const std::string rest = "name: a\nbatond: 127.0.0.1:1\npeer: {listen: \"127.0.0.1:2\"}\n";
+  auto word = ParseAgentConfig(rest + "libvirt: qemu:///session\n", "agent.yaml");
+  ASSERT_TRUE(word.ok()) << word.status();
+  EXPECT_EQ(word->libvirt.uri, "qemu:///session");
+  EXPECT_EQ(word->libvirt.socket_dir, "/run/baton-libvirt");
+  auto map = ParseAgentConfig(rest +
+                                  "libvirt:\n  uri: qemu:///system\n  qemu_user: root\n  shared: [/mnt]\n"
+                                  "  rules:\n    - {kind: bridge, from: br0, to: br1}\n",
+                              "agent.yaml");
+  ASSERT_TRUE(map.ok()) << map.status();
+  EXPECT_EQ(map->libvirt.qemu_user, "root");
+  ASSERT_EQ(map->libvirt.rules.size(), 1u);
+  EXPECT_EQ(map->libvirt.rules[0].kind, vmm::RewriteRule::Kind::kBridge);
+  EXPECT_EQ(map->libvirt.rules[0].to, "br1");
+  auto wrong = ParseAgentConfig(rest +
+                                    "libvirt:\n  uri: nonsense\n  shared: [relative]\n"
+                                    "  rules:\n    - {kind: road, from: a, to: b}\n",
+                                "agent.yaml");
+  const std::string why = Message(wrong.status());
+  EXPECT_NE(why.find("agent.yaml:5: libvirt.uri"), std::string::npos) << why;
+  EXPECT_NE(why.find("libvirt.shared"), std::string::npos) << why;
+  EXPECT_NE(why.find("libvirt.rules[0].kind"), std::string::npos) << why;
+}
+
 }  // namespace
 }  // namespace baton::daemon
