@@ -86,6 +86,7 @@ absl::StatusOr<DomainManager::Plan> DomainManager::MakePlan(const v1::PrepareInc
   request.source_vmm_version = source.vmm_version();
   request.disks.assign(source.disks().begin(), source.disks().end());
   request.probe = &ProbeDomainDevice;
+  request.tunnel_dir = config_.libvirt.socket_dir + "/" + command.migration_id();
   const vmm::DestinationFacts facts = vmm::GatherDestinationFacts(*libvirt, request, deadline);
   plan.findings = vmm::JudgeDestination(request, facts);
   ResolveMediated(request.domain, plan.vm, command, &plan.mediated, &plan.findings, deadline);

@@ -216,7 +216,12 @@ void DomainManager::OnReport(const EntryPtr& entry, const v1::SideReport& report
     // The owner first: whoever hears of the end finds the domain where it is.
     if (turned) Tell(entry->name());
     events_.on_report(*fresh);
-    if (fresh->done()) parts_.metrics.CountMigration(*fresh);
+    if (fresh->done()) {
+      parts_.metrics.CountMigration(*fresh);
+      LOG_INFO("migration {}: {} of vms/{} here has ended: {} {} {}", fresh->migration_id(),
+               fresh->role() == v1::ROLE_SOURCE ? "the source's side" : "the destination's side", fresh->vm(),
+               v1::Phase_Name(fresh->phase()), v1::Reason_Name(fresh->reason()), fresh->message());
+    }
   }
   if (!report.done() || entry->finished(report.migration_id())) return;
   entry->set_finished(report.migration_id());

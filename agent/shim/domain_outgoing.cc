@@ -17,7 +17,7 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 
 // Of a libvirt call that only asks or sets.
-constexpr Duration kCallTimeout = seconds(5);
+constexpr Duration kCallTimeout = seconds(2);
 // For both libvirts to be connected before the start.
 constexpr Duration kConnectTimeout = seconds(20);
 // libvirt tells of iterations; within one, nothing tells how far it is.
@@ -136,6 +136,14 @@ absl::Status DomainOutgoing::Prepare() {
   const Deadline deadline = Deadline::After(kConnectTimeout);
   RETURN_IF_ERROR(OpenTunnel());
   RETURN_IF_ERROR(AwaitRemote(deadline));
+  ASSIGN_OR_RETURN(bool running, ReadSource(deadline));
+  if (!running)
+    return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition, "the domain does not run");
+  return absl::OkStatus();
+}
+
+// What the call depends on here; whether the domain runs.
+absl::StatusOr<bool> DomainOutgoing::ReadSource(Deadline deadline) {
   struct Here {
     bool persistent = false, running = false;
     std::string xml;
@@ -158,12 +166,10 @@ absl::Status DomainOutgoing::Prepare() {
       },
       deadline);
   if (!here.ok()) return WithReason(here.status(), v1::VM_NOT_MIGRATABLE);
-  if (!here->running)
-    return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition, "the domain does not run");
   source_.persistent = here->persistent;
   source_.xml = std::move(here->xml);
   source_.disks_shared = p_.config.Get().domain_host().disks_shared();
-  return absl::OkStatus();
+  return here->running;
 }
 
 absl::Status DomainOutgoing::OpenTunnel() {
@@ -245,6 +251,8 @@ absl::Status DomainOutgoing::BeginCall(bool recover) {
     std::lock_guard lock(mutex_);
     if (end_ && !recover) return Error(end_->reason, absl::StatusCode::kAborted, "{}", end_->message);
   }
+  // A shim that was started meanwhile knows nothing of it.
+  if (recover && source_.xml.empty()) RETURN_IF_ERROR(ReadSource(Deadline::After(kCallTimeout)).status());
   ASSIGN_OR_RETURN(vmm::MoveCall call, vmm::MakeMoveCall(source_, command_.domain(), command_.params()));
   if (recover) call.flags |= VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_POSTCOPY_RESUME;
   // Before the start, so that a guest that writes nothing is not gone before its limit is known.

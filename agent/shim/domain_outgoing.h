@@ -67,6 +67,7 @@ class DomainOutgoing {
   void Run();
   absl::Status Prepare();
   absl::Status OpenTunnel();
+  absl::StatusOr<bool> ReadSource(Deadline deadline);
   absl::Status AwaitRemote(Deadline deadline);
   absl::Status BeginCall(bool recover);
   // Until the call has returned, or the end of the object.

@@ -111,8 +111,13 @@ std::shared_ptr<ParamOptions> AddParamOptions(CLI::App* command) {
       ->group(libvirt);
   auto flag = [&](const std::string& name, std::optional<bool> ParamOptions::*field, const std::string& yes,
                   const std::string& no) {
-    command->add_flag_callback("--" + name, [o, field] { (*o).*field = true; }, yes)->group(libvirt);
-    command->add_flag_callback("--no-" + name, [o, field] { (*o).*field = false; }, no)
+    command
+        ->add_flag_callback(
+            "--" + name, [o, field] { (*o).*field = true; }, yes)
+        ->group(libvirt);
+    command
+        ->add_flag_callback(
+            "--no-" + name, [o, field] { (*o).*field = false; }, no)
         ->excludes("--" + name)
         ->group(libvirt);
   };
@@ -120,8 +125,7 @@ std::shared_ptr<ParamOptions> AddParamOptions(CLI::App* command) {
        "Do not slow it down");
   flag("post-copy", &ParamOptions::post_copy, "Allow post-copy; --on-stall postcopy makes use of it",
        "Do not allow it");
-  flag("zero-copy", &ParamOptions::zero_copy, "Send without copies in the kernel (needs locked memory)",
-       "Do not");
+  flag("zero-copy", &ParamOptions::zero_copy, "Send without copies in the kernel, where QEMU can", "Do not");
   flag("copy-storage", &ParamOptions::copy_storage, "Copy the disks that the destination does not have",
        "Do not copy disks");
   return o;

@@ -41,13 +41,15 @@ void Machine::AdvanceRunning() {
           fmt::format("{} claims the guest although it was confirmed as fenced: two copies may have run",
                       pub_.destination()));
     }
-    if (!ended()) EnterPhase(v1::FINISHING);
+    // In post-copy the guest runs there while its memory still comes: that may take long, and may yet fail.
+    const bool postcopy = destination.phase() == v1::POSTCOPY && !destination.done();
+    if (!ended()) EnterPhase(postcopy ? v1::POSTCOPY : v1::FINISHING);
     if (!SourceYielded() && !ctl_.source_fenced()) return SetLocation(v1::UNKNOWN);
     SetLocation(destination.guest_lost()      ? v1::LOST
                 : destination.guest_running() ? v1::DESTINATION
                                               : v1::PAUSED_DESTINATION);
     bool source_over = source.done() || ctl_.source_fenced();
-    bool late = !ended() && Passed(phase_since_, times_.finishing);
+    bool late = !ended() && !postcopy && Passed(phase_since_, times_.finishing);
     if (!(destination.done() && source_over) &&
         !(late && (destination.done() || destination.guest_running()))) {
       return;
