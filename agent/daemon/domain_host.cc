@@ -65,6 +65,11 @@ bool Below(const std::string& path, const std::string& directory) {
 
 }  // namespace
 
+bool DeclaredShared(const std::string& path, const std::vector<std::string>& shared) {
+  return std::any_of(shared.begin(), shared.end(),
+                     [&](const std::string& directory) { return Below(path, directory); });
+}
+
 std::string QemuConfValue(const std::string& text, const std::string& field) {
   std::istringstream lines(text);
   std::string value;
@@ -121,9 +126,7 @@ bool DisksAreShared(const v1::Domain& domain, const v1::DomainTarget& target,
     if (device.source().empty() || device.source()[0] != '/') continue;
     const auto& copied = target.copied_disks();
     if (std::find(copied.begin(), copied.end(), device.name()) != copied.end()) continue;
-    if (std::none_of(shared.begin(), shared.end(),
-                     [&](const std::string& path) { return Below(device.source(), path); }))
-      return false;
+    if (!DeclaredShared(device.source(), shared)) return false;
     any = true;
   }
   return any;

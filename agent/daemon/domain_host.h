@@ -16,6 +16,9 @@ namespace baton::daemon {
 // help.
 absl::StatusOr<v1::DomainHost> DescribeDomainHost(const LibvirtConfig& config);
 
+// The path is one of `shared` or below one. Pure.
+bool DeclaredShared(const std::string& path, const std::vector<std::string>& shared);
+
 // Every disk of the domain that QEMU may write, that is a file or device of this host and is not copied, is
 // below one of `shared`; and there is at least one. Pure.
 bool DisksAreShared(const v1::Domain& domain, const v1::DomainTarget& target,

@@ -87,7 +87,14 @@ absl::StatusOr<DomainManager::Plan> DomainManager::MakePlan(const v1::PrepareInc
   request.disks.assign(source.disks().begin(), source.disks().end());
   request.probe = &ProbeDomainDevice;
   request.tunnel_dir = config_.libvirt.socket_dir + "/" + command.migration_id();
-  const vmm::DestinationFacts facts = vmm::GatherDestinationFacts(*libvirt, request, deadline);
+  vmm::DestinationFacts facts = vmm::GatherDestinationFacts(*libvirt, request, deadline);
+  // The operator knows better than the kind of the file system.
+  for (const vmm::DomainDevice& device : request.domain.devices) {
+    auto disk = facts.disks.find(device.name);
+    if (device.type == vmm::DeviceType::kDisk && disk != facts.disks.end() &&
+        DeclaredShared(device.source, config_.libvirt.shared))
+      disk->second.sharing = vmm::Sharing::kShared;
+  }
   plan.findings = vmm::JudgeDestination(request, facts);
   ResolveMediated(request.domain, plan.vm, command, &plan.mediated, &plan.findings, deadline);
   const std::string host = "host " + config_.name;
