@@ -97,7 +97,8 @@ class TunnelEntrance::Impl {
     std::shared_ptr<TunnelRelay> relay;
     absl::Status connected = [&]() -> absl::Status {
       ASSIGN_OR_RETURN(auto channel, DialTunnel(options_.dial, static_cast<uint32_t>(service), deadline));
-      relay = std::make_shared<TunnelRelay>(std::move(channel), connections_.traffic(service));
+      relay =
+          std::make_shared<TunnelRelay>(std::move(channel), options_.transfer, connections_.traffic(service));
       if (!connections_.Add(relay)) return absl::CancelledError("the tunnel was stopped");
       return ReceiveTunnelAnswer(relay->channel(), deadline);
     }();
@@ -171,7 +172,8 @@ class TunnelExit::Impl {
   absl::Status Connect(TunnelService service, const Opener& open) {
     const Deadline deadline = Deadline::After(options_.connect_timeout);
     ASSIGN_OR_RETURN(auto channel, open(deadline));
-    auto relay = std::make_shared<TunnelRelay>(std::move(channel), connections_.traffic(service));
+    auto relay =
+        std::make_shared<TunnelRelay>(std::move(channel), options_.transfer, connections_.traffic(service));
     if (!connections_.Add(relay)) return absl::CancelledError("the tunnel was stopped");
     UniqueFd local;
     absl::Status connected = [&]() -> absl::Status {

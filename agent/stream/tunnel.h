@@ -63,6 +63,19 @@ struct TunnelCallbacks {
 
 inline constexpr size_t kMaxTunnelConnections = 128;
 
+// How plaintext bytes get from one socket to the other.
+enum class TunnelTransfer {
+  // Through a buffer of ours. On loopback twice as fast as kSplice, at half of its processor time
+  // (Linux 6.18:
+  // 2.5 GB/s at 0.4 CPU-s/GB, both ends and both programs together): copying from a warm cache costs less
+  // than passing
+  // on pages one by one.
+  kCopy,
+  // Through a pipe with splice(2), pages and not copies of them: for NICs and memory with which copying is
+  // what costs.
+  kSplice,
+};
+
 // A socket of the entrance.
 struct TunnelListen {
   TunnelService service = TunnelService::kLibvirt;
@@ -82,6 +95,7 @@ struct TunnelEntranceOptions {
   Duration connect_timeout = std::chrono::seconds(15);
   // Of all services together. One more is closed at once.
   size_t max_connections = kMaxTunnelConnections;
+  TunnelTransfer transfer = TunnelTransfer::kCopy;
   TunnelCallbacks callbacks;
 };
 
@@ -112,6 +126,7 @@ struct TunnelExitOptions {
   // For the service to take the connection, and for the TLS handshake.
   Duration connect_timeout = std::chrono::seconds(7);
   size_t max_connections = kMaxTunnelConnections;
+  TunnelTransfer transfer = TunnelTransfer::kCopy;
   TunnelCallbacks callbacks;
 };
 

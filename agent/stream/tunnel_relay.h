@@ -35,11 +35,12 @@ struct TunnelTraffic {
 };
 
 // Relays both directions, each on a thread of its own, so that one that cannot get rid of its bytes holds up
-// nothing else. Plaintext goes through a pipe with splice(2), pages and not copies of them.
+// nothing else.
 class TunnelRelay {
  public:
-  TunnelRelay(std::unique_ptr<Channel> channel, TunnelTraffic& traffic)
-      : channel_(std::move(channel)), traffic_(traffic) {}
+  // `transfer` holds for plaintext channels.
+  TunnelRelay(std::unique_ptr<Channel> channel, TunnelTransfer transfer, TunnelTraffic& traffic)
+      : channel_(std::move(channel)), traffic_(traffic), splice_(transfer == TunnelTransfer::kSplice) {}
 
   Channel& channel() { return *channel_; }
   // Relays until both directions have ended, on this thread and one more. `local` is non-blocking. OK if both
@@ -53,12 +54,18 @@ class TunnelRelay {
   absl::Status FromPeer();
   absl::Status CopyToPeer();
   absl::Status CopyFromPeer();
+  // At least one byte, and with TLS all that has arrived. `ended` is why there will be no more, if that is
+  // known.
+  absl::StatusOr<size_t> Collect(char* buffer, absl::Status& ended);
+  // To the program; false if it has closed its connection.
+  bool PassOn(const char* data, size_t size);
   absl::Status EndToPeer();
   // The program cannot be written to any more: it has closed its connection.
   void LocalGone();
 
   const std::unique_ptr<Channel> channel_;
   TunnelTraffic& traffic_;
+  bool splice_;  // constant after the beginning of Run()
   std::mutex mutex_;
   bool stopped_ = false;  // guarded by mutex_
   UniqueFd local_;        // set once under mutex_, closed with the object

@@ -93,7 +93,9 @@ class Troubles {
 };
 
 // A directory, a certificate, and what stands for the destination agent's peer port.
-class TunnelTest : public testing::TestWithParam<bool> {
+enum class Carrier { kCopy, kSplice, kTls };
+
+class TunnelTest : public testing::TestWithParam<Carrier> {
  protected:
   static void SetUpTestSuite() {
     char path[] = "/tmp/baton-tunnel-test-XXXXXX";
@@ -115,7 +117,7 @@ class TunnelTest : public testing::TestWithParam<bool> {
   }
 
   void SetUp() override {
-    if (GetParam()) {
+    if (GetParam() == Carrier::kTls) {
       auto loaded = TlsContext::Load(*dir_ + "/ca.pem", *dir_ + "/h.pem", *dir_ + "/h.key");
       ASSERT_TRUE(loaded.ok()) << loaded.status();
       tls_ = *loaded;
@@ -125,6 +127,7 @@ class TunnelTest : public testing::TestWithParam<bool> {
     options_.dial.token.fill(7);
     options_.dial.tls = tls_;
     options_.callbacks = troubles_.callbacks();
+    if (GetParam() == Carrier::kSplice) options_.transfer = exit_options_.transfer = TunnelTransfer::kSplice;
     for (TunnelService service : kTunnelServices)
       options_.listen.push_back(
           {service, Entry(service), static_cast<uid_t>(-1), static_cast<gid_t>(-1), 0600});
@@ -225,8 +228,12 @@ class TunnelTest : public testing::TestWithParam<bool> {
 };
 std::string* TunnelTest::dir_ = nullptr;
 
-INSTANTIATE_TEST_SUITE_P(, TunnelTest, testing::Bool(),
-                         [](const auto& with) { return with.param ? "Tls" : "Plain"; });
+INSTANTIATE_TEST_SUITE_P(, TunnelTest, testing::Values(Carrier::kCopy, Carrier::kSplice, Carrier::kTls),
+                         [](const auto& with) {
+                           return with.param == Carrier::kCopy     ? "Copy"
+                                  : with.param == Carrier::kSplice ? "Splice"
+                                                                   : "Tls";
+                         });
 
 TEST_P(TunnelTest, BothDirectionsAtOnce_EveryByteArrives) {
   Listen();
