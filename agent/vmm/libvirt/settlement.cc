@@ -253,7 +253,7 @@ Settlement DestinationEmpty(SourceCopy s, const SettlementInput& in, bool fenced
       return Make(Action::kNothing, v1::PAUSED_SOURCE,
                   "the source holds the guest, which stood still by itself; the destination has no copy");
     case SourceCopy::kStopped:
-      if (in.handed_over && !in.destination_watched && !fenced)
+      if (!in.destination_watched && !fenced)
         return Make(Action::kOperator, v1::UNKNOWN,
                     "the destination has no copy; one may have run and ended while nobody watched");
       return Make(Action::kResumeSource, v1::PAUSED_SOURCE,
@@ -295,7 +295,8 @@ Settlement DestinationCrashed(SourceCopy s, bool ran) {
 }
 
 Settlement DestinationUnseen(SourceCopy s, const SettlementInput& in) {
-  // Certain: what the destination has, if anything, is not whole and cannot be started.
+  // Certain: what the destination has, if anything, is not whole and cannot be started. A source that the
+  // migration has stopped contradicts that, and is not believed.
   if (!in.handed_over && !in.destination_ran) {
     switch (s) {
       case SourceCopy::kRuns:
@@ -304,9 +305,6 @@ Settlement DestinationUnseen(SourceCopy s, const SettlementInput& in) {
       case SourceCopy::kHolds:
       case SourceCopy::kCrashed:
         return Make(Action::kNothing, v1::PAUSED_SOURCE,
-                    "the source holds the guest, whose state never got to the destination whole");
-      case SourceCopy::kStopped:
-        return Make(Action::kResumeSource, v1::PAUSED_SOURCE,
                     "the source holds the guest, whose state never got to the destination whole");
       default:
         break;

@@ -64,7 +64,8 @@ struct SettlementInput {
   bool destination_ran = false;
   // The source's state may have been taken over: QEMU's migration was complete at the source, or the source
   // was seen paused by it and nobody knows better. False only if it is certain that the stream did not get
-  // through.
+  // through: who lost sight of the source's libvirt during the call (its daemon restarted, an event was
+  // missed) does not know.
   bool handed_over = true;
   // The domain stood still before the migration began, so it stands still at the destination too.
   bool was_paused = false;
