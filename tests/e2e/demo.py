@@ -1,5 +1,5 @@
 """./dev demo: a Linux guest that writes to its vhost-user disk all the time moves to another host and back. With --lab
-the guest is baton-lab-guest (docs/lab.md), and no QEMU runs."""
+the guest is baton-lab-guest (docs/lab.md), and no QEMU runs; with --libvirt it is a libvirt domain (demo_libvirt.py)."""
 import argparse
 import os
 import subprocess
@@ -111,13 +111,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bin", required=True, help="directory of the programs")
     parser.add_argument("--lab", action="store_true", help="with the lab guest instead of QEMU and Linux")
+    parser.add_argument("--libvirt", action="store_true", help="a libvirt domain between two libvirt hosts")
     parser.add_argument("--tcg", action="store_true", help="do not try KVM")
     parser.add_argument("--plain", action="store_true", help="no live display, as in a pipe")
     arguments = parser.parse_args()
-    lab = Lab("demo-lab" if arguments.lab else "demo", arguments.bin)
+    lab = Lab("demo-lab" if arguments.lab else "demo-libvirt" if arguments.libvirt else "demo", arguments.bin)
+    run = demo
+    if arguments.libvirt:
+        # Here, since it uses what is above.
+        from demo_libvirt import demo as run
     try:
         with lab:
-            demo(lab, arguments)
+            run(lab, arguments)
         left = lab.leftovers()
         if left:
             raise LabError("still there: " + ", ".join(left))
