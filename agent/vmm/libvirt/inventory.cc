@@ -115,6 +115,8 @@ namespace {
 // Of a domain that has moved away, whose definition libvirt is about to remove.
 constexpr int kRereads = 10;
 constexpr auto kRereadInterval = std::chrono::milliseconds(200);
+// Of one that libvirt could not show.
+constexpr auto kTroubleInterval = std::chrono::seconds(2);
 
 // One domain as libvirt has it now.
 struct ReadDomain {
@@ -418,7 +420,9 @@ class LibvirtInventory::Impl {
       if (found == domains_.end()) return;
       entry = found->second;
     }
-    entry.view_due = Clock::now() + options_.view_interval;
+    // What it was busy with may have been the domain's end, of which it has told already.
+    entry.view_due = Clock::now() + kTroubleInterval;
+    entry.rereads = std::max(entry.rereads, 1);
     entry.vm.set_message(why);
     Keep(uuid, std::move(entry));
   }
