@@ -10,9 +10,8 @@
 //   pages     memory pages to rewrite and check              4096
 //   dirty     pages a second to rewrite                      1000
 //   report    progress line every so many writes             500
-//   tick_us   how often the clock is looked at; what many guests on few processors should do seldom, and then
-//   gaps and
-//             stops are not measured                         500
+//   tick_us   how often the clock is looked at; above 1000 stops are
+//             not measured, and many guests share few processors   500
 //
 // Commands, one letter each: s status, r reset the gaps, q stop writing, check everything and print RESULT, g
 // go on writing after q, x power off. The power button powers off as well.
