@@ -38,6 +38,7 @@ class BytesChannel final : public Channel {
     return total;
   }
   absl::Status WriteAll(iovec*, int, Deadline) override { return absl::OkStatus(); }
+  absl::Status CloseWrite(Deadline) override { return absl::OkStatus(); }
   void Shutdown() override {}
   int plain_fd() const override { return -1; }
 
