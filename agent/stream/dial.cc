@@ -14,9 +14,14 @@
 namespace baton::stream {
 namespace {
 
-absl::StatusOr<UniqueFd> ConnectTo(const SocketAddress& to, const std::string& name, Deadline deadline) {
+// Told of each socket that is about to be connected.
+using SocketHook = std::function<void(int fd)>;
+
+absl::StatusOr<UniqueFd> ConnectTo(const SocketAddress& to, const std::string& name, Deadline deadline,
+                                   const SocketHook& on_socket) {
   UniqueFd fd(::socket(to.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
   if (!fd) return ErrnoError(errno, "socket");
+  if (on_socket) on_socket(fd.get());
   if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&to.storage), to.length) != 0) {
     if (errno != EINPROGRESS && errno != EINTR) return SocketError(errno, name);
     if (absl::Status ready = WaitSocket(fd.get(), POLLOUT, deadline, name); !ready.ok()) {
@@ -48,11 +53,15 @@ absl::StatusOr<Target> MakeTarget(const DialOptions& options, Deadline deadline)
 }
 
 // The first address that answers is tried first for the channels that follow.
-absl::StatusOr<UniqueFd> Connect(Target& target, Deadline deadline) {
-  if (!target.address.unix_path.empty()) return ConnectUnix(target.address.unix_path, deadline);
+absl::StatusOr<UniqueFd> Connect(Target& target, Deadline deadline, const SocketHook& on_socket) {
+  if (!target.address.unix_path.empty()) {
+    ASSIGN_OR_RETURN(UniqueFd fd, ConnectUnix(target.address.unix_path, deadline));
+    if (on_socket) on_socket(fd.get());
+    return fd;
+  }
   absl::Status first_error;
   for (size_t i = 0; i < target.resolved.size(); ++i) {
-    auto fd = ConnectTo(target.resolved[i], target.address.ToString(), deadline);
+    auto fd = ConnectTo(target.resolved[i], target.address.ToString(), deadline, on_socket);
     if (fd.ok()) {
       std::swap(target.resolved[0], target.resolved[i]);
       return fd;
@@ -63,10 +72,11 @@ absl::StatusOr<UniqueFd> Connect(Target& target, Deadline deadline) {
 }
 
 absl::StatusOr<std::unique_ptr<Channel>> DialChannel(Target& target, const DialOptions& options,
-                                                     PreambleKind kind, uint32_t channel, Deadline deadline) {
+                                                     PreambleKind kind, uint32_t channel, Deadline deadline,
+                                                     const SocketHook& on_socket = {}) {
   ASSIGN_OR_RETURN(PreambleBytes preamble,
                    EncodePreamble({kProtocolVersion, kind, channel, options.migration_id, options.token}));
-  ASSIGN_OR_RETURN(UniqueFd fd, Connect(target, deadline));
+  ASSIGN_OR_RETURN(UniqueFd fd, Connect(target, deadline, on_socket));
   UniqueFd for_tls = options.tls ? fd.Duplicate() : UniqueFd();
   if (options.tls && !for_tls) return ErrnoError(errno, "duplicate a socket");
   ASSIGN_OR_RETURN(auto plain, MakePlainChannel(std::move(fd)));
@@ -112,10 +122,11 @@ absl::StatusOr<std::unique_ptr<MessageChannel>> DialVerdictQuery(const DialOptio
 }
 
 absl::StatusOr<std::unique_ptr<Channel>> DialTunnel(const DialOptions& options, uint32_t service,
-                                                    Deadline deadline) {
+                                                    Deadline deadline,
+                                                    const std::function<void(int fd)>& on_socket) {
   auto target = MakeTarget(options, deadline);
   if (!target.ok()) return ConnectionError(target.status(), options);
-  auto channel = DialChannel(*target, options, PreambleKind::kTunnel, service, deadline);
+  auto channel = DialChannel(*target, options, PreambleKind::kTunnel, service, deadline, on_socket);
   if (!channel.ok()) return ConnectionError(channel.status(), options);
   return channel;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -43,8 +44,11 @@ absl::StatusOr<std::unique_ptr<MessageChannel>> DialVerdictQuery(const DialOptio
                                                                  Deadline deadline);
 
 // Connects once for a service of a tunnel (agent/stream/tunnel.h); the exit's answer is yet to be read.
+// `on_socket` is told of each socket before it is waited for: shutdown(2) of a duplicate ends that wait, and
+// the handshake's.
 absl::StatusOr<std::unique_ptr<Channel>> DialTunnel(const DialOptions& options, uint32_t service,
-                                                    Deadline deadline);
+                                                    Deadline deadline,
+                                                    const std::function<void(int fd)>& on_socket);
 
 // Agent: reads the preamble of an accepted connection, not a byte more. The socket may be blocking or not.
 absl::StatusOr<PreambleBytes> ReadPreamble(int fd, Deadline deadline);

@@ -1,10 +1,13 @@
 #include "agent/stream/tunnel.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 
 #include <cerrno>
+#include <mutex>
 #include <thread>
 
 #include "agent/stream/tunnel_relay.h"
@@ -45,9 +48,10 @@ class TunnelEntrance::Impl {
         return ErrnoError(errno, listen.path);
       listeners.push_back(std::move(listener));
     }
+    dialled_.resize(listeners.size());
     for (size_t i = 0; i < listeners.size(); ++i) {
-      acceptors_.emplace_back([this, service = options_.listen[i].service,
-                               listener = std::move(listeners[i])]() mutable { Accept(service, listener); });
+      acceptors_.emplace_back(
+          [this, i, listener = std::move(listeners[i])]() mutable { Accept(i, listener); });
     }
     return absl::OkStatus();
   }
@@ -59,6 +63,13 @@ class TunnelEntrance::Impl {
     }
     // Ends waits for the exit's answer as well.
     connections_.Stop();
+    {
+      std::lock_guard lock(mutex_);
+      stopping_ = true;
+      for (const UniqueFd& socket : dialled_) {
+        if (socket) ::shutdown(socket.get(), SHUT_RDWR);
+      }
+    }
     for (std::thread& acceptor : acceptors_) {
       if (acceptor.joinable()) acceptor.join();
     }
@@ -71,7 +82,9 @@ class TunnelEntrance::Impl {
   // pending, and nothing tells when there is one.
   static constexpr int kRestMs = 100;
 
-  void Accept(TunnelService service, UnixListener& listener) {
+  // `index` is that of the listener.
+  void Accept(size_t index, UnixListener& listener) {
+    const TunnelService service = options_.listen[index].service;
     bool rest = false;
     for (;;) {
       pollfd waits[2] = {{stop_.get(), POLLIN, 0}, {listener.fd(), POLLIN, 0}};
@@ -84,19 +97,23 @@ class TunnelEntrance::Impl {
         connections_.Broken(service, accepted.status());
         rest = true;
       } else if (accepted->valid()) {
-        if (absl::Status taken = Take(service, *std::move(accepted)); !taken.ok())
+        if (absl::Status taken = Take(index, *std::move(accepted)); !taken.ok())
           connections_.Broken(service, taken);
       }
     }
   }
 
   // Returns when the exit has answered; until then no other connection of the service is taken.
-  absl::Status Take(TunnelService service, UniqueFd local) {
+  absl::Status Take(size_t index, UniqueFd local) {
+    const TunnelService service = options_.listen[index].service;
     RETURN_IF_ERROR(connections_.Reserve());
     const Deadline deadline = Deadline::After(options_.connect_timeout);
     std::shared_ptr<TunnelRelay> relay;
     absl::Status connected = [&]() -> absl::Status {
-      ASSIGN_OR_RETURN(auto channel, DialTunnel(options_.dial, static_cast<uint32_t>(service), deadline));
+      auto dialled = DialTunnel(options_.dial, static_cast<uint32_t>(service), deadline,
+                                [this, index](int fd) { NoteDialled(index, fd); });
+      NoteDialled(index, -1);
+      ASSIGN_OR_RETURN(auto channel, std::move(dialled));
       relay =
           std::make_shared<TunnelRelay>(std::move(channel), options_.transfer, connections_.traffic(service));
       if (!connections_.Add(relay)) return absl::CancelledError("the tunnel was stopped");
@@ -116,10 +133,20 @@ class TunnelEntrance::Impl {
     return connected;
   }
 
+  // Lets Stop() reach a socket that is being connected or is in its handshake; -1 when it is not any more.
+  void NoteDialled(size_t index, int fd) {
+    std::lock_guard lock(mutex_);
+    dialled_[index].reset(fd < 0 ? -1 : ::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+    if (stopping_ && fd >= 0) ::shutdown(fd, SHUT_RDWR);
+  }
+
   const TunnelEntranceOptions options_;
   TunnelConnections connections_;
   const UniqueFd stop_;
   std::vector<std::thread> acceptors_;
+  std::mutex mutex_;
+  std::vector<UniqueFd> dialled_;  // by listener; guarded by mutex_
+  bool stopping_ = false;          // guarded by mutex_
 };
 
 absl::StatusOr<std::unique_ptr<TunnelEntrance>> TunnelEntrance::Start(TunnelEntranceOptions options) {

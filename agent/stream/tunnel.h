@@ -109,8 +109,8 @@ class TunnelEntrance {
   TunnelEntrance(const TunnelEntrance&) = delete;
   TunnelEntrance& operator=(const TunnelEntrance&) = delete;
 
-  // Removes the sockets and ends every connection, at both ends, with all of its threads; one that is just
-  // being dialled may take until connect_timeout. No callback is called after it.
+  // Removes the sockets and ends every connection, at both ends, with all of its threads; one that is being
+  // dialled as well (looking up a name takes until connect_timeout at most). No callback is called after it.
   void Stop();
   TunnelCounts counts(TunnelService service) const;
 

@@ -440,16 +440,49 @@ TEST_P(TunnelTest, Stop_EndsTrafficUnderWayAndRemovesTheSockets) {
 }
 
 TEST_P(TunnelTest, Stop_EndsTheWaitForAnAnswer) {
+  // With TLS the handshake waits.
+  options_.connect_timeout = seconds(300);
   StartEntrance();
   UniqueFd program = Connect();
   UniqueFd socket = Accepted();
-  std::thread stopper([this] { entrance_->Stop(); });
-  if (!tls_) {
-    EXPECT_EQ(ReceiveAll(socket.get()), "");
-  } else {
-    socket.reset();
+  const auto begin = Clock::now();
+  entrance_->Stop();
+  EXPECT_LT(Clock::now() - begin, seconds(60));
+  ReceiveAll(socket.get());  // its end
+  EXPECT_EQ(ReceiveAll(program.get()), "");
+  EXPECT_EQ(troubles_.size(), 0u);
+}
+
+TEST_P(TunnelTest, Stop_EndsADialThatNobodyAnswers) {
+  // A listener whose backlog is full leaves a connection in SYN-SENT, as a host does that is gone.
+  OpenPort();
+  ASSERT_EQ(::listen(port_.get(), 0), 0);
+  std::vector<UniqueFd> fillers;
+  sockaddr_in address{};
+  socklen_t length = sizeof address;
+  ASSERT_EQ(::getsockname(port_.get(), reinterpret_cast<sockaddr*>(&address), &length), 0);
+  for (int i = 0; i < 4; ++i) {
+    fillers.emplace_back(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    (void)::connect(fillers.back().get(), reinterpret_cast<sockaddr*>(&address), length);
   }
-  stopper.join();
+  options_.connect_timeout = seconds(300);
+  // Connections to the port that are not answered (state 02 of /proc/net/tcp).
+  const auto unanswered = [port = ntohs(address.sin_port)] {
+    std::ifstream file("/proc/net/tcp");
+    int n = 0;
+    for (std::string line; std::getline(file, line);)
+      n += line.find(fmt::format(":{:04X} 02 ", port)) != line.npos;
+    return n;
+  };
+  const int before = unanswered();
+  StartEntrance();
+  UniqueFd program = Connect();
+  const Deadline deadline = Soon();
+  while (unanswered() == before && !deadline.Expired()) std::this_thread::yield();
+  ASSERT_EQ(unanswered(), before + 1);
+  const auto begin = Clock::now();
+  entrance_->Stop();
+  EXPECT_LT(Clock::now() - begin, seconds(60));
   EXPECT_EQ(ReceiveAll(program.get()), "");
 }
 
