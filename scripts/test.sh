@@ -113,6 +113,7 @@ stage_e2e() { check "build $preset" build "$preset" && tests "$preset" -L e2e; }
 stage_demo() {
   check "demo" ./dev demo --plain
   check "demo of the lab guest" ./dev demo --lab --plain
+  check "demo of libvirt" ./dev demo --libvirt --plain
 }
 
 stage_quick() {
