@@ -6,6 +6,7 @@
 
 #include "agent/vhost/mediator_impl.h"
 #include "agent/virtio/features.h"
+#include "agent/virtio/net_protocol.h"
 #include "common/log.h"
 
 namespace baton::vhost {
@@ -31,13 +32,24 @@ absl::StatusOr<std::vector<uint8_t>> ReadRegion(int fd, uint64_t offset, uint64_
 
 }  // namespace
 
+// How many rings there will be. VMMs start them one after the other, and the region is handed over before the
+// first.
+uint32_t Mediator::Impl::ExpectedRings() const {
+  const uint32_t offered = static_cast<uint32_t>(offer_.queues);
+  if (options_.spec.class_() != v1::NET) return offered;
+  // A NIC's queues come in pairs; that is also how GET_QUEUE_NUM of its back-ends counts them. No more than
+  // the VMM uses: DPDK waits for every ring that it has heard of (virtio_is_ready).
+  const uint32_t pairs = options_.spec.num_queues() ? options_.spec.num_queues() : std::max(offered, 1u);
+  return 2 * pairs + (record_.features && (*record_.features & virtio::kNetFCtrlVq) ? 1 : 0);
+}
+
 absl::Status Mediator::Impl::EnsureInflight() {
   if (!(link_.frontend->protocol_features() & pf::kInflightShmfd)) return absl::OkStatus();
   // A firmware drives split rings where its guest then asks for packed ones, which need another region.
   const bool misfit = record_.inflight && !RegionStride(record_.inflight.description).ok();
   if (link_.inflight_sent && !misfit) return absl::OkStatus();
   uint32_t size = std::max<uint32_t>(options_.spec.queue_size(), 256);
-  uint32_t queues = static_cast<uint32_t>(offer_.queues);
+  uint32_t queues = ExpectedRings();
   bool needed = false;
   for (const auto& [index, vring] : record_.vrings) {
     size = std::max(size, vring.num);

@@ -205,6 +205,7 @@ class Mediator::Impl {
   // --- inflight_region.cc ---
   // Gives the back-end the region: the one that an earlier mediator or connection left, else a new one.
   absl::Status EnsureInflight();
+  uint32_t ExpectedRings() const;
   // Finds the region that was noted and the back-end can go on with, laid out anew if its strides differ.
   absl::Status AdoptRegion(const InflightDescription& wanted, bool needed);
   // Initialises one queue's part of the in-flight region for a ring that starts with nothing in flight.
