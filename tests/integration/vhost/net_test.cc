@@ -153,7 +153,8 @@ class UmlNet : public ::testing::Test {
     EXPECT_NE(result->find("RESULT OK"), std::string::npos) << guest_->output();
     EXPECT_EQ(NumberAfter(*result, "twice").value_or(99), 0u) << *result;
     if (!may_lose) {
-      EXPECT_EQ(NumberAfter(*result, "lost").value_or(99), 0u) << *result;
+      EXPECT_EQ(NumberAfter(*result, "lost").value_or(99), 0u)
+          << guest_->output() << device_->Stats()["counters"].dump();
     }
   }
 

@@ -34,7 +34,7 @@ namespace {
 
 constexpr uint16_t kEtherType = 0x88b5;  // for local experiments (IEEE 802)
 constexpr uint8_t kPeer[6] = {0x02, 0, 0, 0, 0, 0xfe};
-constexpr uint64_t kLostAfterUs = 2000000;
+constexpr uint64_t kLostAfterUs = 2000000, kCarrierUs = 10000000;
 constexpr unsigned kMaxWindow = 256;
 
 struct Stamp {
@@ -98,6 +98,18 @@ void Flags(int fd, int add, int remove) {
   }
   request.ifr_flags = static_cast<short>((request.ifr_flags | add) & ~remove);
   if (ioctl(fd, SIOCSIFFLAGS, &request) != 0) std::printf("ERROR flags of eth0: %s\n", std::strerror(errno));
+}
+
+// Linux drops what is sent before it has seen the carrier (noop_qdisc), which it does some time after eth0 is
+// up.
+void AwaitCarrier(int fd) {
+  for (const uint64_t end = NowUs() + kCarrierUs; NowUs() < end; poll(nullptr, 0, 2)) {
+    ifreq request = Named();
+    if (ioctl(fd, SIOCGIFFLAGS, &request) != 0 || !(request.ifr_flags & IFF_RUNNING)) continue;
+    // The flag is set before the queues are: this takes the lock under which both happen (linkwatch_do_dev).
+    return Flags(fd, IFF_UP, 0);
+  }
+  std::printf("ERROR eth0 has no carrier\n");
 }
 
 void Channels(int fd, unsigned count) {
@@ -211,6 +223,7 @@ int main() {
   std::memcpy(&address.ifr_addr, &inet, sizeof inet);
   ioctl(control, SIOCSIFADDR, &address);
   Flags(control, IFF_UP, 0);
+  AwaitCarrier(control);
   ifreq request = Named();
   uint8_t mac[6] = {};
   if (ioctl(control, SIOCGIFHWADDR, &request) == 0) std::memcpy(mac, request.ifr_hwaddr.sa_data, 6);
