@@ -284,5 +284,32 @@ def cpu_ticks(pid):
     return int(fields[11]) + int(fields[12])
 
 
+class FreedMemory(ClusterTest):
+    """What Linux reports as free to QEMU's balloon is a hole in guest memory, and is not sent."""
+    TOTAL, FREED = 256 << 20, 144 << 20
+    CMDLINE = f"lab.pages=1024 lab.dirty=500 lab.blocks=256 lab.freed={FREED}"
+
+    def allocated(self, host):
+        return os.stat(os.path.join(self.cluster.agents[host].memory_dir, "vm1.ram")).st_blocks * 512
+
+    def fill_and_free(self, host):
+        self.guest.ask("f", "FREED", timeout=60)
+        # The guest has touched more than this, and has held it at one time.
+        wait_until(lambda: self.allocated(host) < self.FREED, lambda: f"holes; {self.allocated(host) >> 20} MiB are there",
+                   30, pause=0.1)
+
+    def test_reported_pages_are_holes(self):
+        self.have_guest()
+        source, destination = self.ends()
+        self.fill_and_free(source)
+        migration = self.move(destination)
+        self.assertGreater(int(migration["progress"]["bytes"]["hole_skipped"]), self.TOTAL - self.FREED)
+        self.assertLess(self.allocated(destination), self.FREED)
+        self.assert_clean()
+        # The same memory is of use there, and is reported there.
+        self.fill_and_free(destination)
+        self.assert_clean()
+
+
 if __name__ == "__main__":
     unittest.main(argv=[sys.argv[0], "-v", *sys.argv[1:]])

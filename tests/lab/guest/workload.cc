@@ -12,9 +12,11 @@
 //   report    progress line every so many writes             500
 //   tick_us   how often the clock is looked at; above 1000 stops are
 //             not measured, and many guests share few processors   500
+//   freed     bytes that the command f fills and frees       0
 //
 // Commands, one letter each: s status, r reset the gaps, q stop writing, check everything and print RESULT, g
-// go on writing after q, x power off. The power button powers off as well.
+// go on writing after q, f take memory, fill it and give it back (FREED), x power off. The power button
+// powers off as well.
 //
 // Gaps are measured on CLOCK_MONOTONIC, and a guest's clocks stand still while its machine does. How long
 // that was comes from the CMOS clock, whose seconds QEMU counts on the host's clock whether the guest runs or
@@ -130,7 +132,7 @@ struct Writer {
 
 Writer writers[kMaxWriters];
 uint64_t writer_count = 2, delay_us = 0, page_count = 4096, dirty_rate = 1000, report_every = 500,
-         tick_us = 500;
+         tick_us = 500, freed_bytes = 0;
 std::atomic<uint64_t> errors{0}, memory_errors{0}, memory_writes{0}, total_writes{0};
 std::atomic<bool> stopped{false};
 uint64_t run;
@@ -418,6 +420,18 @@ void FinalCheck() {
   Status("RESULT");
 }
 
+void FillAndFree() {
+  void* memory =
+      mmap(nullptr, freed_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  if (memory == MAP_FAILED) {
+    errors++;
+    return Say("ERROR memory: %s", strerror(errno));
+  }
+  memset(memory, 0x5a, freed_bytes);
+  munmap(memory, freed_bytes);
+  Say("FREED n=%lu bytes=%lu", ++answers, freed_bytes);
+}
+
 void Obey(char command) {
   switch (command) {
     case 's':
@@ -434,6 +448,8 @@ void Obey(char command) {
       io_gap.Reset();
       stopped = false;
       return Say("GO n=%lu", ++answers);
+    case 'f':
+      return FillAndFree();
     case 'x':
       return PowerOff();
     default:
@@ -479,6 +495,7 @@ int Run() {
   delay_us = Option(cmdline, "delay_us", delay_us);
   page_count = Option(cmdline, "pages", page_count);
   dirty_rate = Option(cmdline, "dirty", dirty_rate);
+  freed_bytes = Option(cmdline, "freed", freed_bytes);
   report_every = Option(cmdline, "report", report_every);
   tick_us = Option(cmdline, "tick_us", tick_us);
   if (writer_count > kMaxWriters) writer_count = kMaxWriters;
