@@ -4,6 +4,7 @@
 
 #include "agent/migration/source_impl.h"
 #include "common/log.h"
+#include "common/pause_point.h"
 
 namespace baton::migration {
 namespace {
@@ -40,7 +41,9 @@ absl::Status OutgoingMigration::Impl::BeginHints() {
   memory::PageSets baseline = p_.ram.MakeSets();
   RETURN_IF_ERROR(Harvest(baseline));
   hints_.emplace(*source, p_.ram.MakeSets(), o_.hints);
-  if (absl::Status begun = hints_->Begin(); !begun.ok()) {
+  absl::Status begun = hints_->Begin();
+  if (begun.ok()) PausePoint(o_.pause_dir, "hinting");
+  if (!begun.ok()) {
     LOG_INFO("migration {}: no free page hints: {}", o_.migration_id, Message(begun));
     reporter_.Update(
         [&](v1::SideReport& r) { r.mutable_progress()->mutable_hints()->set_unused(Message(begun)); });

@@ -156,7 +156,8 @@ class ClusterTest(unittest.TestCase):
                    f"{self.cluster.agents[other].holdings()}", 30, pause=0.1)
         wait_until(lambda: (self.cluster.vm() or {}).get("state") == "RUNNING" and self.cluster.host_of() == host,
                    lambda: f"vm1 running on {host} by batond's account, which says {self.cluster.vm()}", 30, pause=0.1)
-        self.assertEqual((len(self.cluster.agents[host].qemus()), len(self.cluster.agents[host].shims())), (1, 1))
+        agent = self.cluster.agents[host]
+        self.assertEqual((len(agent.qemus("vm1")), len(agent.shims("vm1"))), (1, 1))
         self.guest.wait_writes(20)
 
     def assert_clean(self):

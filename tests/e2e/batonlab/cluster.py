@@ -262,19 +262,19 @@ class Agent:
             if name.startswith("pause-"):
                 os.unlink(os.path.join(directory, name))
 
-    def find(self, program):
-        return self.cluster.lab.find(program, host=self.name)
+    def find(self, program, vm=None):
+        return self.cluster.lab.find(program, host=self.name, containing=f"/vms/{vm}" if vm else None)
 
-    def qemus(self):
-        return self.find("baton-lab-guest" if self.cluster.lab_guest else "qemu-system")
+    def qemus(self, vm=None):
+        return self.find("baton-lab-guest" if self.cluster.lab_guest else "qemu-system", vm)
 
-    def shims(self):
-        return self.find("baton-shim")
+    def shims(self, vm=None):
+        return self.find("baton-shim", vm)
 
     def holdings(self, vm="vm1"):
         """What there is of a VM on this host: processes, guest memory, sockets."""
         paths = [os.path.join(self.memory_dir, f"{vm}.ram"), self.vm_dir(vm), os.path.join(self.state_dir, "vms", vm)]
-        return self.qemus() + self.shims() + [path for path in paths if os.path.exists(path)]
+        return self.qemus(vm) + self.shims(vm) + [path for path in paths if os.path.exists(path)]
 
 
 class Cluster:
@@ -351,6 +351,7 @@ class Cluster:
     # --- the guest ---
 
     def spec(self, name="vm1", cmdline="", **fields):
+        """`fields`: of the VM spec, instead of what is usual; without `devices`, disk0 and the extra devices."""
         spec = {
             "name": name,
             "memory": GUEST_MEMORY,
@@ -363,13 +364,12 @@ class Cluster:
             } if not self.lab_guest else {"kernel": "/dev/null", "cmdline": f"lab {cmdline}".strip()},
             "balloon": not self.lab_guest,
             **({"qemu": "lab"} if self.lab_guest else {}),
+            "devices": [{"name": "disk0", "class": "blk"}, *self.extra_devices],
             **fields,
         }
         path = os.path.join(self.lab.dir, f"{name}.yaml")
         with open(path, "w", encoding="utf-8") as file:
-            file.write(yaml(spec) + "\ndevices:\n  - name: disk0\n    class: blk\n")
-            for device in self.extra_devices:
-                file.write("  - " + "\n    ".join(f"{key}: {json.dumps(value)}" for key, value in device.items()) + "\n")
+            file.write(yaml(spec) + "\n")
         return path
 
     def start_guest(self, host="a", name="vm1", cmdline="", **fields):
@@ -377,7 +377,8 @@ class Cluster:
         self.ctl("vm", "start", self.spec(name, cmdline, **fields), "--host", host, timeout=120)
         guest = Guest(self, name)
         guest.wait_ready()
-        guest.wait_writes(1)
+        if any(device["class"] == "blk" for device in fields.get("devices", [{"class": "blk"}])):
+            guest.wait_writes(1)
         return guest
 
     def host_of(self, vm="vm1"):

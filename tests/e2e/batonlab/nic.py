@@ -16,10 +16,12 @@ ARP, RARP, IP = 0x0806, 0x8035, 0x0800
 
 
 class NetDevice:
-    """baton-lab-device with a virtio-net model, at one host."""
+    """baton-lab-device with a virtio-net model, at one host. `wire`: where it plugs itself in or, with `hub`, where
+    others do."""
 
-    def __init__(self, cluster, host, name, mac, wire, options=()):
-        self.cluster, self.host, self.name, self.mac, self.wire, self.options = cluster, host, name, mac, wire, options
+    def __init__(self, cluster, host, name, mac, wire, options=(), hub=False):
+        self.cluster, self.host, self.name, self.mac, self.options = cluster, host, name, mac, options
+        self.wire = ("--wire-listen" if hub else "--wire-connect", wire)
         self.socket = os.path.join(cluster.lab.dir, f"{host}-{name}.sock")
         self.control = os.path.join(cluster.lab.dir, f"{host}-{name}.ctl")
         self.process = None
@@ -31,10 +33,10 @@ class NetDevice:
         program = self.cluster.lab.program("baton-lab-device")
         self.process = self.cluster.lab.spawn(
             [program, "--net", "--mac", self.mac, "--socket", self.socket, "--control", self.control,
-             "--wire-connect", self.wire, *self.options], f"net-{self.host}", host=self.host)
+             *self.wire, *self.options], f"{self.name}-{self.host}", host=self.host)
         wait_until(lambda: os.path.exists(self.socket) or self.process.poll() is not None, f"net device {self.host}")
         if self.process.poll() is not None:
-            raise LabError(f"baton-lab-device ended, see the log net-{self.host}.log")
+            raise LabError(f"baton-lab-device ended, see the log {self.name}-{self.host}.log")
 
     def stats(self):
         result = self.cluster.lab.run([self.cluster.lab.program("baton-lab-device"), "ctl", self.control,

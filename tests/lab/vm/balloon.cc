@@ -35,9 +35,9 @@ GuestBalloon::GuestBalloon(const DeviceOptions& options, const WorkloadOptions& 
                            DeviceCallbacks callbacks)
     : GuestDevice(options, workload, ram, kBalloonRings, std::move(callbacks)) {}
 
-void GuestBalloon::SetFreed(uint64_t gpa, uint64_t bytes) {
+void GuestBalloon::SetFreed(uint64_t gpa, std::function<uint64_t()> bytes) {
   freed_gpa_ = gpa;
-  freed_bytes_ = bytes;
+  freed_bytes_ = std::move(bytes);
 }
 
 uint64_t GuestBalloon::blocks_named() const { return state().named; }
@@ -100,12 +100,13 @@ void GuestBalloon::Pump() {
     s.at = 0;
     s.stage = Stage::kBlocks;
   }
+  const uint64_t freed = freed_bytes_ ? freed_bytes_() : 0;
   while (s.stage == Stage::kBlocks) {
-    if (s.at >= freed_bytes_) {
+    if (s.at >= freed) {
       s.stage = Stage::kStop;
       break;
     }
-    const uint64_t size = std::min(kBlockBytes, freed_bytes_ - s.at);
+    const uint64_t size = std::min(kBlockBytes, freed - s.at);
     const Piece piece{freed_gpa_ + s.at, static_cast<uint32_t>(size), true};
     if (!Submit(kHintRing, s.next_tag, {&piece, 1})) break;
     ++s.next_tag;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "tests/lab/vm/guest_device.h"
 
@@ -13,8 +14,8 @@ class GuestBalloon final : public GuestDevice {
  public:
   GuestBalloon(const DeviceOptions& options, const WorkloadOptions& workload, const Ram& ram,
                DeviceCallbacks callbacks);
-  // The memory that is free. Before the guest runs.
-  void SetFreed(uint64_t gpa, uint64_t bytes);
+  // The memory that is free: where, and how much of it at the moment. Before the guest runs.
+  void SetFreed(uint64_t gpa, std::function<uint64_t()> bytes);
   // Blocks named so far, in all sessions.
   uint64_t blocks_named() const;
 
@@ -41,7 +42,8 @@ class GuestBalloon final : public GuestDevice {
   void Pump();
 
   uint64_t gpa_ = 0;
-  uint64_t freed_gpa_ = 0, freed_bytes_ = 0;
+  uint64_t freed_gpa_ = 0;
+  std::function<uint64_t()> freed_bytes_;
   bool look_ = true;  // at the configuration space
 };
 

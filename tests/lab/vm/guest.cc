@@ -105,7 +105,8 @@ absl::Status LabGuest::Build(Deadline deadline) {
                    layout.Take(MemoryWorkload::Bytes(config_.options), "the memory workload"));
   memory_ = std::make_unique<MemoryWorkload>(ram_, memory_gpa, config_.options,
                                              [this](const std::string& what) { Report(what); });
-  if (balloon_ != nullptr) balloon_->SetFreed(memory_->freed_gpa(), memory_->freed_bytes());
+  if (balloon_ != nullptr)
+    balloon_->SetFreed(memory_->freed_gpa(), [this] { return memory_->freed_bytes(); });
   return absl::OkStatus();
 }
 

@@ -40,12 +40,18 @@ absl::Status GuestDevice::Realize(RamLayout& layout, Deadline deadline) {
   if (workload_.event_idx) ring |= virtio::kFEventIdx;
   if (workload_.indirect) ring |= virtio::kFIndirectDesc;
   if (workload_.in_order) ring |= virtio::kFInOrder;
+  if (workload_.partial_order) ring |= virtio::kFPartialOrder;
   const uint64_t offered = frontend_.offered();
   if (workload_.packed && (offered & virtio::kFRingPacked) == 0) {
     return Error(absl::StatusCode::kFailedPrecondition, "device {} offers no packed rings", name());
   }
   if (workload_.in_order && (offered & virtio::kFInOrder) == 0) {
     return Error(absl::StatusCode::kFailedPrecondition, "device {} does not offer IN_ORDER", name());
+  }
+  // An experiment of disks: nobody else offers it.
+  if (workload_.partial_order && frontend_.options().class_ == v1::BLK &&
+      (offered & virtio::kFPartialOrder) == 0) {
+    return Error(absl::StatusCode::kFailedPrecondition, "device {} does not offer PARTIAL_ORDER", name());
   }
   features_ = offered & (ring | Wanted(offered));
   const uint16_t size = static_cast<uint16_t>(frontend_.options().queue_size);
@@ -133,6 +139,8 @@ void GuestDevice::Interrupt(uint32_t ring, int64_t now_us) {
     callbacks_.on_progress(now_us);
   });
   if (!status.ok()) callbacks_.on_error(fmt::format("device {} ring {}: {}", name(), ring, Message(status)));
+  // The driver's part in the agreement on order may need one (docs/partial-order.md).
+  if ((features_ & virtio::kFPartialOrder) != 0) Kick(ring);
 }
 
 void GuestDevice::TakePending(int64_t now_us) {

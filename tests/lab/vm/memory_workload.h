@@ -17,7 +17,8 @@ class MemoryWorkload {
  public:
   using OnError = std::function<void(const std::string&)>;
 
-  // Bytes of guest memory: the table and the pages to rewrite, then `live`, then `freed` bytes.
+  // Bytes of guest memory: the table and the pages to rewrite, then `live`, then `freed` bytes, which are
+  // taken into use again (`reuse`) from their end on.
   static uint64_t Bytes(const WorkloadOptions& options);
   MemoryWorkload(const Ram& ram, uint64_t gpa, const WorkloadOptions& options, OnError on_error);
 
@@ -27,10 +28,10 @@ class MemoryWorkload {
   void Issue(int64_t now_us);
   int64_t NextDue() const { return next_due_; }
   void Resumed(int64_t now_us);
-  // Checks every page that was ever written, and the live area.
+  // Checks every page that was ever written, the live area, and what was taken into use again.
   void Verify();
 
-  // The area that the guest has freed; its content is of no interest to anybody.
+  // The area that the guest has freed and not taken again; its content is of no interest to anybody.
   uint64_t freed_gpa() const;
   uint64_t freed_bytes() const;
   uint64_t writes() const;
@@ -45,14 +46,24 @@ class MemoryWorkload {
   uint64_t live_gpa() const;
   void CheckPage(uint64_t index);
   void WritePage(uint64_t index);
+  void Rewrite(int64_t now_us);
+  void Reuse(int64_t now_us);
+  void CheckArea(const char* what, uint64_t gpa, uint64_t bytes, uint64_t generation);
   void Report(const std::string& what);
 
   const Ram& ram_;
   const uint64_t gpa_;
-  const uint64_t pages_, rate_, live_, freed_;
+  const uint64_t pages_, rate_, live_, freed_, reuse_;
   const OnError on_error_;
-  int64_t start_us_ = 0, next_due_ = 0;
-  uint64_t done_ = 0;
+  // So many a second since then, and how many of them are done.
+  struct Pace {
+    int64_t start_us = 0;
+    uint64_t done = 0;
+    // How many are to be done now.
+    uint64_t Due(int64_t now_us, uint64_t rate);
+  };
+  Pace rewrites_, reuses_;
+  int64_t next_due_ = 0;
 };
 
 }  // namespace baton::lab

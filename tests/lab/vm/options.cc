@@ -154,6 +154,7 @@ absl::StatusOr<WorkloadOptions> ParseWorkloadOptions(const std::string& cmdline)
   take("dirty", out.dirty);
   take("live", out.live);
   take("freed", out.freed);
+  take("reuse", out.reuse);
   take("packets", out.packets);
   take("packet_bytes", out.packet_bytes);
   take("control", out.control);
@@ -163,6 +164,8 @@ absl::StatusOr<WorkloadOptions> ParseWorkloadOptions(const std::string& cmdline)
     return Wrong("lab.blocks: {} for {} writers; each needs more than {}", out.blocks, out.writers,
                  kHotBlocks);
   }
+  if (out.in_order && out.partial_order)
+    return Wrong("lab.in_order and lab.partial_order exclude each other");
   if (out.packet_bytes < 64 || out.packet_bytes > 1514)
     return Wrong("lab.packet_bytes: {} is not 64 to 1514", out.packet_bytes);
   return out;

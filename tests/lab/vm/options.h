@@ -40,6 +40,9 @@ struct WorkloadOptions {
   // Bytes that are in use besides, and bytes that were written and then freed (for the balloon's hints).
   uint64_t live = 0;
   uint64_t freed = 0;
+  // Pages a second of the freed ones that are taken into use again, until half of them are; from then on they
+  // are checked like the live ones, and no hint may name them.
+  uint64_t reuse = 0;
   // --- net ---
   // Packets a second that each NIC sends on each queue pair, and bytes of each.
   uint64_t packets = 1000;
