@@ -212,17 +212,14 @@ class Many(LibvirtTest):
             guest.wait_ready(120)
         wait_until(lambda: self.known() >= set(names), "batond to know all domains", 30)
         migrations = [self.cluster.migrate("b", vm=name, wait=False)["name"] for name in names]
-        most = 0
-        waiting = set(migrations)
-        while waiting:
-            records = [self.cluster.migration(name) or {} for name in waiting]
-            # Those above the limit have not left QUEUED.
-            most = max(most, sum(r.get("phase") not in ("QUEUED", "SUCCEEDED", "FAILED", "CANCELLED") for r in records))
-            for record in records:
-                if record.get("phase") in ("SUCCEEDED", "FAILED", "CANCELLED"):
-                    self.assertEqual((record["phase"], record["guest_location"]), ("SUCCEEDED", "DESTINATION"),
-                                     summary(record))
-                    waiting.discard(record["name"])
+        most, records = 0, []
+        ended = ("SUCCEEDED", "FAILED", "CANCELLED")
+        while len(records) < self.COUNT or not all(record["phase"] in ended for record in records):
+            records = [m for m in self.cluster.get("migrations")["migrations"] if m["name"] in migrations]
+            most = max(most, sum(record["phase"] not in ("QUEUED", *ended) for record in records))
+            time.sleep(0.05)
+        for record in records:
+            self.assertEqual((record["phase"], record["guest_location"]), ("SUCCEEDED", "DESTINATION"), summary(record))
         self.assertEqual(most, 4)
         self.assertEqual(sorted(self.cluster.hosts["b"].domains()), sorted(names))
         self.assertEqual(self.cluster.hosts["a"].domains(), [])

@@ -73,11 +73,12 @@ class LibvirtTest(ClusterTest):
     def begin(self, point, options=()):
         """Starts a migration and holds it at a moment; returns its name.
 
-        prepared  Baton has checked and prepared both ends, libvirt has not been asked yet
-        precopy   QEMU copies memory, slowly
-        finish    the source's QEMU has sent everything and stands still, the destination's has not been started: its
-                  libvirtd does not answer
-        confirm   the guest runs at the destination, and the source has not heard of it: its shim relays nothing
+        prepared    Baton has checked and prepared both ends, libvirt has not been asked yet
+        precopy     QEMU copies memory, slowly
+        switchover  the source's QEMU has stopped the guest, and the source's libvirtd does nothing more
+        finish      the source's QEMU has sent everything and stands still, the destination's has not been started: its
+                    libvirtd does not answer
+        confirm     the guest runs at the destination, and the source has not heard of it: its shim relays nothing
         """
         self.source, self.destination = self.ends()
         self.held = []
@@ -90,6 +91,11 @@ class LibvirtTest(ClusterTest):
         name = self.migrate(self.destination, wait=False, options=(*options, *SLOW))["name"]
         self.wait_precopy(name)
         if point == "precopy":
+            return name
+        if point == "switchover":
+            self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited")
+            self.wait_state(self.source, "paused (migrating)", name)
+            self.hold("libvirtd", self.source)
             return name
         self.hold("libvirtd", self.destination)
         self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited")
