@@ -64,7 +64,7 @@ v1::HandoverState DomainStore::VerdictOf(const std::string& uuid, const std::str
 absl::Status DomainStore::Retire(const std::string& uuid) const {
   const VmPaths paths = DomainPathsOf(config_, uuid);
   RETURN_IF_ERROR(RemoveFileDurable(paths.conf));
-  (void)RemoveFileDurable(paths.state_dir + "/suspended");
+  for (const char* name : {"/suspended", "/absent-before"}) (void)RemoveFileDurable(paths.state_dir + name);
   return RemoveTree(paths.run_dir);
 }
 
@@ -88,8 +88,7 @@ void DomainStore::DropImages(const std::string& uuid) const {
   std::istringstream lines(*text);
   for (std::string path; std::getline(lines, path);) {
     if (!path.empty() && ::unlink(path.c_str()) != 0 && errno != ENOENT)
-      LOG_WARN("domain {}: an image that was made for it stays: {}", uuid,
-               Message(ErrnoError(errno, path)));
+      LOG_WARN("domain {}: an image that was made for it stays: {}", uuid, Message(ErrnoError(errno, path)));
   }
   (void)RemoveFileDurable(ImagesFile(at));
 }

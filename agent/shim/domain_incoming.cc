@@ -6,8 +6,11 @@
 #include <chrono>
 #include <cstring>
 
+#include "agent/stream/dial.h"
+#include "agent/stream/message_channel.h"
 #include "agent/stream/preamble.h"
 #include "agent/vmm/libvirt/mover.h"
+#include "common/config.h"
 #include "common/durable_file.h"
 #include "common/log.h"
 #include "common/pause_point.h"
@@ -24,9 +27,14 @@ constexpr Duration kIncomingWait = seconds(5);
 // The source lets go of the tunnel when it has seen the outcome; until then it may need to look here.
 constexpr Duration kLinger = seconds(30);
 constexpr Duration kLingerLook = milliseconds(50);
+// For a source whose shim was started anew.
+constexpr Duration kReturn = seconds(15);
 // libvirt ends the domain of a migration whose connection is gone.
 constexpr Duration kAbortWait = seconds(8);
 constexpr Duration kAbortLook = milliseconds(50);
+// Of a question for the verdict, and how many at a time.
+constexpr Duration kAnswerTimeout = seconds(10);
+constexpr int kMaxQueries = 4;
 
 }  // namespace
 
@@ -42,6 +50,10 @@ DomainIncoming::DomainIncoming(DomainIncomingParts parts)
 DomainIncoming::~DomainIncoming() {
   mail_->Stop();
   thread_.join();
+  {
+    std::unique_lock lock(mutex_);
+    answered_.wait(lock, [this] { return answering_ == 0; });
+  }
   CloseExit();
   (void)RemoveTree(p_.config.Get().domain().tunnel_dir());
   Answer(absl::UnavailableError("the shim is exiting"));
@@ -74,6 +86,10 @@ absl::Status DomainIncoming::AcceptChannel(const v1::AcceptChannelRequest& reque
   ASSIGN_OR_RETURN(stream::Token expected, stream::MakeToken(config.token()));
   if (preamble.migration_id != id_ || !stream::TokensEqual(preamble.token, expected))
     return Error(absl::StatusCode::kPermissionDenied, "the connection is not of migration {}", id_);
+  if (preamble.kind == stream::PreambleKind::kVerdictQuery) {
+    AnswerQuery(std::move(socket));
+    return absl::OkStatus();
+  }
   if (preamble.kind != stream::PreambleKind::kTunnel)
     return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kInvalidArgument,
                  "a domain's migration has tunnelled connections only");
@@ -89,6 +105,56 @@ absl::Status DomainIncoming::AcceptChannel(const v1::AcceptChannelRequest& reque
                  "migration {} has ended at this host", id_);
   exit->Accept(std::move(socket), preamble.channel, std::move(tls));
   return absl::OkStatus();
+}
+
+void DomainIncoming::OnLibvirt(bool up) {
+  if (!up) {
+    std::lock_guard lock(mutex_);
+    // What happens until it is back is not seen.
+    if (ready_) watched_ = false;
+  }
+  mail_->Wake();
+}
+
+v1::Verdict DomainIncoming::Seen() const {
+  v1::Verdict verdict;
+  verdict.set_migration_id(id_);
+  verdict.set_verdict(p_.journal.VerdictOf(id_));
+  verdict.set_epoch(verdict.verdict() == v1::OWNER ? epoch_ + 1 : epoch_);
+  std::lock_guard lock(mutex_);
+  // IDLE: no copy has run here so far, if nothing could be missed.
+  if (verdict.verdict() == v1::IDLE && watched_) verdict.set_reason(v1::NONE);
+  return verdict;
+}
+
+void DomainIncoming::AnswerQuery(UniqueFd socket) {
+  std::shared_ptr<const stream::TlsContext> tls;
+  {
+    std::lock_guard lock(mutex_);
+    // A source asks once at a time; whoever asks more often waits for nothing.
+    if (answering_ >= kMaxQueries) return;
+    ++answering_;
+    tls = tls_;
+  }
+  auto shared = std::make_shared<UniqueFd>(std::move(socket));
+  std::thread([this, shared, tls] {
+    auto answer = [&]() -> absl::Status {
+      const Deadline deadline = Deadline::After(kAnswerTimeout);
+      ASSIGN_OR_RETURN(auto channel, stream::AcceptChannel(std::move(*shared), tls, "", deadline));
+      stream::MessageChannel messages(std::move(channel));
+      ASSIGN_OR_RETURN(v1::PeerMessage query, messages.Receive(deadline));
+      if (!query.has_verdict_query() || query.verdict_query().migration_id() != id_)
+        return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kInvalidArgument, "expected a verdict query");
+      v1::PeerMessage out;
+      *out.mutable_verdict() = Seen();
+      return messages.Send(out, deadline);
+    };
+    if (absl::Status answered = answer(); !answered.ok())
+      LOG_WARN("migration {}: a question for the verdict: {}", id_, Message(answered));
+    std::lock_guard lock(mutex_);
+    --answering_;
+    answered_.notify_all();
+  }).detach();
 }
 
 void DomainIncoming::Abort(std::function<void(absl::Status)> done) {
@@ -123,7 +189,9 @@ void DomainIncoming::Run() {
     Refused("refused before");
     return;
   }
-  if (absl::Status prepared = Prepare(); !prepared.ok()) {
+  const auto before = p_.journal.Now();
+  const bool fresh = before.ok() && before->migration != id_;
+  if (absl::Status prepared = Prepare(fresh); !prepared.ok()) {
     LOG_ERROR("migration {}: {}", id_, Message(prepared));
     {
       std::lock_guard lock(mutex_);
@@ -136,6 +204,7 @@ void DomainIncoming::Run() {
   {
     std::lock_guard lock(mutex_);
     ready_ = true;
+    watched_ = fresh;
   }
   p_.on_ready();
   for (;;) {
@@ -159,7 +228,7 @@ void DomainIncoming::Run() {
   }
 }
 
-absl::Status DomainIncoming::Prepare() {
+absl::Status DomainIncoming::Prepare(bool fresh) {
   const v1::ShimConfig config = p_.config.Get();
   ASSIGN_OR_RETURN(auto tls, LoadPeerTls(config, config.params().tls()));
   RETURN_IF_ERROR(p_.journal.Expect(id_, epoch_));
@@ -170,6 +239,9 @@ absl::Status DomainIncoming::Prepare() {
       return Error(v1::DESTINATION_START_FAILED, absl::StatusCode::kUnavailable, "{}", p_.local.trouble());
     if (mail_->Wait(deadline).stop) return absl::CancelledError("stopped");
   }
+  const vmm::SideView here = LookAtDomain(p_.local, uuid_, vmm::MigrationRole::kDestination, deadline);
+  if (fresh && here.condition == vmm::DomainCondition::kAbsent)
+    RETURN_IF_ERROR(WriteFileDurable(config.state_dir() + "/absent-before", id_));
   {
     std::lock_guard lock(mutex_);
     tls_ = std::move(tls);
@@ -216,6 +288,26 @@ uint32_t DomainIncoming::Connections() {
   if (!exit) return 0;
   for (stream::TunnelService service : stream::kTunnelServices) count += exit->counts(service).active;
   return count;
+}
+
+bool DomainIncoming::SourceMayReturn() {
+  std::shared_ptr<stream::TunnelExit> exit;
+  {
+    std::lock_guard lock(mutex_);
+    exit = exit_;
+  }
+  if (!exit) return false;
+  uint64_t broken = 0, opened = 0;
+  for (stream::TunnelService service : stream::kTunnelServices) {
+    broken += exit->counts(service).broken;
+    opened += exit->counts(service).opened;
+  }
+  if (broken != broken_count_) {
+    broken_count_ = broken;
+    opened_then_ = opened;
+    broken_at_ = Clock::now();
+  }
+  return broken > 0 && opened == opened_then_ && Clock::now() - broken_at_ < kReturn;
 }
 
 bool DomainIncoming::Step() {
@@ -318,7 +410,8 @@ bool DomainIncoming::Owned(const vmm::SideView& view) {
   const bool whole = running && view.condition == Condition::kRunning && !view.job;
   const bool over = whole || gone || view.condition == Condition::kPaused;
   if (whole) reporter_.EnterPhase(v1::FINISHING);
-  if (!over || (Connections() > 0 && Clock::now() - *owner_since_ < kLinger)) return false;
+  const bool awaited = SourceMayReturn() || (Connections() > 0 && Clock::now() - *owner_since_ < kLinger);
+  if (!over || awaited) return false;
   CloseExit();
   if (running) {
     vmm::DomainMover mover(p_.local, uuid_);
@@ -343,6 +436,27 @@ bool DomainIncoming::Owned(const vmm::SideView& view) {
   return End();
 }
 
+bool DomainIncoming::AbsentBefore() const {
+  auto text = ReadFileLimited(p_.config.Get().state_dir() + "/absent-before", 1024);
+  return text.ok() && *text == id_;
+}
+
+// A finish that libvirt begins and gives up leaves the definition that it had made.
+void DomainIncoming::UndefineLeftover() {
+  if (!AbsentBefore()) return;
+  absl::Status undefined = p_.local.Call(
+      "removing the definition that was left here",
+      [uuid = uuid_](virConnectPtr c) -> absl::Status {
+        vmm::DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
+        if (!domain || virDomainIsActive(domain.get()) != 0) return absl::OkStatus();
+        return virDomainUndefineFlags(domain.get(), VIR_DOMAIN_UNDEFINE_KEEP_NVRAM) == 0
+                   ? absl::OkStatus()
+                   : vmm::LibvirtError("removing the definition that was left here");
+      },
+      Deadline::After(kIncomingLook));
+  if (!undefined.ok()) LOG_WARN("migration {}: {}", id_, Message(undefined));
+}
+
 bool DomainIncoming::Refused(const std::string& why) {
   if (absl::Status written = p_.journal.Refuse(id_, epoch_); !written.ok()) {
     LOG_ERROR("migration {}: {}", id_, Message(written));
@@ -360,6 +474,7 @@ bool DomainIncoming::Refused(const std::string& why) {
     broken = broken_;
   }
   LOG_INFO("migration {}: refused: {}", id_, why);
+  UndefineLeftover();
   reporter_.EnterPhase(asked ? v1::CANCELLED : v1::FAILED);
   reporter_.Update([&](v1::SideReport& r) {
     r.set_handover(v1::REFUSED);

@@ -6,6 +6,7 @@
 // this migration: nothing of it is here, and no connection can bring it any more.
 #pragma once
 
+#include <condition_variable>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -18,6 +19,7 @@
 #include "agent/shim/domain_side.h"
 #include "agent/stream/tunnel.h"
 #include "baton/v1/agent_session.pb.h"
+#include "baton/v1/peer.pb.h"
 
 namespace baton::shim {
 
@@ -51,14 +53,22 @@ class DomainIncoming {
   // `done` hears OK once it was refused, FailedPrecondition if the domain runs here or is not gone in time.
   void Abort(std::function<void(absl::Status)> done);
   void OnEvent(const vmm::DomainEvent& event) { mail_->Post(event); }
-  void OnLibvirt() { mail_->Wake(); }
+  void OnLibvirt(bool up);
 
  private:
   void Run();
-  absl::Status Prepare();
+  absl::Status Prepare(bool fresh);
+  // A source whose shim was started anew, or lost its connection, asks what was seen here.
+  void AnswerQuery(UniqueFd socket);
+  v1::Verdict Seen() const;
+  // libvirt had no definition of the domain here before the migration; durable.
+  bool AbsentBefore() const;
+  void UndefineLeftover();
   void OpenExit();
   void CloseExit();
   uint32_t Connections();
+  // A connection broke, and the source has not come back since to see what became of the domain.
+  bool SourceMayReturn();
   // One look; true once the migration has ended for this side.
   bool Step();
   bool Absent();
@@ -77,6 +87,8 @@ class DomainIncoming {
   // Of the thread alone.
   bool seen_ = false;  // the domain was here
   std::optional<Clock::time_point> owner_since_;
+  uint64_t broken_count_ = 0, opened_then_ = 0;
+  Clock::time_point broken_at_{};
   std::optional<Clock::time_point> gone_since_;  // it was here and is not any more
 
   mutable std::mutex mutex_;
@@ -88,6 +100,10 @@ class DomainIncoming {
   std::function<void(absl::Status)> abort_;
   std::optional<Clock::time_point> abort_since_;
   std::string broken_;
+  // This process, and libvirt's events, were there all the time since the migration was announced.
+  bool watched_ = false;
+  int answering_ = 0;
+  std::condition_variable answered_;
   std::thread thread_;
 };
 

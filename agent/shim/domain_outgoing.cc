@@ -178,7 +178,10 @@ absl::Status DomainOutgoing::OpenTunnel() {
   const std::string& dir = command_.domain().tunnel_dir();
   remote_.reset();
   entrance_.reset();
-  ASSIGN_OR_RETURN(tls_, LoadPeerTls(config, command_.params().tls()));
+  dial_.address = command_.peer_address();
+  dial_.migration_id = command_.migration_id();
+  ASSIGN_OR_RETURN(dial_.token, stream::MakeToken(command_.token()));
+  ASSIGN_OR_RETURN(dial_.tls, LoadPeerTls(config, command_.params().tls()));
   RETURN_IF_ERROR(MakeTunnelDirectory(dir, host));
   stream::TunnelEntranceOptions options;
   for (stream::TunnelService service : stream::kTunnelServices) {
@@ -189,10 +192,7 @@ absl::Status DomainOutgoing::OpenTunnel() {
     listen.gid = host.qemu_gid();
     options.listen.push_back(std::move(listen));
   }
-  options.dial.address = command_.peer_address();
-  options.dial.migration_id = command_.migration_id();
-  ASSIGN_OR_RETURN(options.dial.token, stream::MakeToken(command_.token()));
-  options.dial.tls = tls_;
+  options.dial = dial_;
   options.callbacks.on_broken = [this](stream::TunnelService service, const absl::Status& why) {
     LOG_WARN("migration {}: the {} connection: {}", id(), stream::NameOf(service), Message(why));
     std::lock_guard lock(mutex_);

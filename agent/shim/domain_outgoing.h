@@ -23,6 +23,7 @@
 #include "agent/vmm/libvirt/mover.h"
 #include "agent/vmm/libvirt/settlement.h"
 #include "baton/v1/agent_session.pb.h"
+#include "baton/v1/peer.pb.h"
 
 namespace baton::shim {
 
@@ -84,6 +85,7 @@ class DomainOutgoing {
   // --- domain_settle.cc ---
   void Settle();
   vmm::SettlementInput Look();
+  absl::StatusOr<v1::Verdict> AskDestination();
   // Does what the settlement says; true once the migration has ended.
   bool Act(const vmm::SettlementInput& seen, const vmm::Settlement& settlement);
   void Yielded();
@@ -108,7 +110,7 @@ class DomainOutgoing {
 
   // Of the thread alone.
   std::string uuid_;
-  std::shared_ptr<const stream::TlsContext> tls_;
+  stream::DialOptions dial_;
   std::unique_ptr<stream::TunnelEntrance> entrance_;
   std::unique_ptr<vmm::LibvirtConnection> remote_;
   // The destination's libvirt could be seen all the time since before the handover.

@@ -19,6 +19,8 @@ using std::chrono::seconds;
 
 // For one side to say how the domain is there. Shorter than the caller's patience with a side that hangs.
 constexpr Duration kSettleLook = seconds(5);
+// For the destination's shim to say what it has seen.
+constexpr Duration kAskTimeout = seconds(3);
 // Resuming, suspending or ending a copy.
 constexpr Duration kSettleAct = seconds(30);
 // Between looks, where an event should come but may be lost with a connection.
@@ -64,9 +66,9 @@ void DomainOutgoing::Settle() {
 
 vmm::SettlementInput DomainOutgoing::Look() {
   vmm::SettlementInput in;
-  std::string trouble;
+  int reason = 0;
   in.source =
-      LookAtDomain(p_.local, uuid_, vmm::MigrationRole::kSource, Deadline::After(kSettleLook), &trouble);
+      LookAtDomain(p_.local, uuid_, vmm::MigrationRole::kSource, Deadline::After(kSettleLook), &reason);
   v1::HandoverState verdict;
   {
     std::lock_guard lock(mutex_);
@@ -75,16 +77,44 @@ vmm::SettlementInput DomainOutgoing::Look() {
   }
   // A destination whose tunnel could not be opened, or was cut to end the call.
   if (!entrance_ && verdict == v1::HANDOVER_STATE_UNSPECIFIED && !call_active_) {
-    if (absl::Status opened = OpenTunnel(); !opened.ok()) trouble = Message(opened);
+    if (absl::Status opened = OpenTunnel(); !opened.ok())
+      LOG_DEBUG("migration {}: {}", id(), Message(opened));
     const Deadline connected = Deadline::After(kSettleLook);
     while (remote_ && !remote_->connected() && !connected.Expired() && !mail_->stopped())
       (void)mail_->Wait(connected.Min(Deadline::After(milliseconds(100))));
   }
   if (remote_) {
-    in.destination = LookAtDomain(*remote_, uuid_, vmm::MigrationRole::kDestination,
-                                  Deadline::After(kSettleLook), &trouble);
+    in.destination =
+        LookAtDomain(*remote_, uuid_, vmm::MigrationRole::kDestination, Deadline::After(kSettleLook));
   }
   using Condition = vmm::DomainCondition;
+  // One that stands still, or is gone, may have been given away although no event told of it.
+  const bool runs_here =
+      in.source.condition == Condition::kRunning || in.source.condition == Condition::kUnreachable;
+  if (!runs_here && !in.source.job && in.source.condition != Condition::kPaused) Yielded();
+  // A shim that was started meanwhile has seen no event. libvirt says of a domain that it let go on after it
+  // had stopped it for a migration that it did so; one that never stopped runs for another reason.
+  const bool never_stopped =
+      in.source.condition == Condition::kRunning && reason != VIR_DOMAIN_RUNNING_MIGRATION_CANCELED;
+  {
+    std::lock_guard lock(mutex_);
+    in.handed_over = suspended_ || yielded_ || (resume_ && !never_stopped);
+  }
+  bool watched = watched_->load();
+  if (in.handed_over && !call_active_ && verdict == v1::HANDOVER_STATE_UNSPECIFIED &&
+      (!watched || in.destination.condition == Condition::kUnreachable)) {
+    // Its shim has watched its libvirt when this one could not.
+    auto answer = AskDestination();
+    if (answer.ok()) {
+      watched |= answer->verdict() == v1::IDLE && answer->reason() == v1::NONE;
+      if (answer->verdict() == v1::OWNER || answer->verdict() == v1::REFUSED) {
+        std::lock_guard lock(mutex_);
+        verdict = verdict_ = answer->verdict();
+      }
+    } else {
+      LOG_DEBUG("migration {}: {}", id(), Message(answer.status()));
+    }
+  }
   if (in.destination.condition == Condition::kUnreachable) {
     // Its agent's word, which its own libvirt and journal stand behind.
     if (verdict == v1::OWNER) in.destination.condition = Condition::kRunning;
@@ -95,15 +125,25 @@ vmm::SettlementInput DomainOutgoing::Look() {
     destination_ran_ = true;
   in.destination_ran = destination_ran_;
   in.call_active = call_active_;
-  in.handed_over = suspended_ || resume_;
   // A destination that has refused watched its own libvirt.
-  in.destination_watched = watched_->load() || verdict == v1::REFUSED;
+  in.destination_watched = watched || verdict == v1::REFUSED;
   in.source_suspended = SuspendedHere();
-  // One that stands still, or is gone, may have been given away although no event told of it.
-  const bool runs_here =
-      in.source.condition == Condition::kRunning || in.source.condition == Condition::kUnreachable;
-  if (!runs_here && !in.source.job && in.source.condition != Condition::kPaused) Yielded();
   return in;
+}
+
+// What the destination's shim, or its agent after that has gone, says of the migration.
+absl::StatusOr<v1::Verdict> DomainOutgoing::AskDestination() {
+  const Deadline deadline = Deadline::After(kAskTimeout);
+  ASSIGN_OR_RETURN(std::unique_ptr<stream::MessageChannel> channel,
+                   stream::DialVerdictQuery(dial_, deadline));
+  v1::PeerMessage question;
+  question.mutable_verdict_query()->set_migration_id(id());
+  RETURN_IF_ERROR(channel->Send(question, deadline));
+  ASSIGN_OR_RETURN(v1::PeerMessage answer, channel->Receive(deadline));
+  if (!answer.has_verdict() || answer.verdict().migration_id() != id())
+    return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kDataLoss,
+                 "the destination answers something else");
+  return answer.verdict();
 }
 
 bool DomainOutgoing::Act(const vmm::SettlementInput& seen, const vmm::Settlement& settlement) {

@@ -95,10 +95,10 @@ void DomainShim::Begin() {
   vmm::LibvirtOptions options;
   options.uri = config.libvirt_uri();
   vmm::LibvirtCallbacks callbacks;
-  callbacks.on_state = [this](bool, const std::string&) {
-    loop_->Post([this] {
+  callbacks.on_state = [this](bool up, const std::string&) {
+    loop_->Post([this, up] {
       if (outgoing_) outgoing_->OnLibvirt();
-      if (incoming_) incoming_->OnLibvirt();
+      if (incoming_) incoming_->OnLibvirt(up);
     });
   };
   callbacks.on_event = [this, uuid = config.domain_uuid()](const vmm::DomainEvent& event) {

@@ -16,10 +16,11 @@ using Kind = migration::JournalRecord::Kind;
 using State = migration::Ownership::State;
 
 vmm::SideView LookAtDomain(vmm::LibvirtConnection& connection, const std::string& uuid,
-                           vmm::MigrationRole role, Deadline deadline, std::string* trouble) {
-  auto view = vmm::CallFor<vmm::SideView>(
+                           vmm::MigrationRole role, Deadline deadline, int* reason_out) {
+  using Look = std::pair<vmm::SideView, int>;
+  auto view = vmm::CallFor<Look>(
       connection, "looking at the domain",
-      [uuid, role](virConnectPtr c) -> absl::StatusOr<vmm::SideView> {
+      [uuid, role](virConnectPtr c) -> absl::StatusOr<Look> {
         vmm::DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
         if (!domain) return vmm::LibvirtError("domain");
         int state = 0, reason = 0;
@@ -36,16 +37,13 @@ vmm::SideView LookAtDomain(vmm::LibvirtConnection& connection, const std::string
           out.job = type != VIR_DOMAIN_JOB_NONE && (operation == VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN ||
                                                     operation == VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT);
         }
-        return out;
+        return Look(out, reason);
       },
       deadline);
-  if (view.ok()) return *view;
+  if (reason_out) *reason_out = view.ok() ? view->second : 0;
+  if (view.ok()) return view->first;
   vmm::SideView out;
-  if (absl::IsNotFound(view.status())) {
-    out.condition = vmm::DomainCondition::kAbsent;
-  } else if (trouble) {
-    *trouble = Message(view.status());
-  }
+  if (absl::IsNotFound(view.status())) out.condition = vmm::DomainCondition::kAbsent;
   return out;
 }
 

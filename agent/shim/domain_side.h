@@ -21,10 +21,10 @@
 
 namespace baton::shim {
 
-// The domain as `connection` has it now; kUnreachable if it does not answer by the deadline, with the reason
-// in `trouble` (may be null).
+// The domain as `connection` has it now; kUnreachable if it does not answer by the deadline. `reason` (may be
+// null) gets libvirt's reason for the state.
 vmm::SideView LookAtDomain(vmm::LibvirtConnection& connection, const std::string& uuid,
-                           vmm::MigrationRole role, Deadline deadline, std::string* trouble = nullptr);
+                           vmm::MigrationRole role, Deadline deadline, int* reason = nullptr);
 
 // Makes the directory for a migration's sockets, for QEMU's user alone; its parent must let that user pass.
 // What an earlier attempt left in it is removed.
