@@ -137,13 +137,12 @@ void Agent::StartLibvirt() {
   options.libvirt.uri = config_.libvirt.uri;
   options.mediator_dir = config_.libvirt.socket_dir;
   vmm::InventoryCallbacks callbacks;
-  callbacks.on_vm = [this](const v1::Vm& vm) {
-    if (auto s = session()) s->Send(Localize(vm));
-  };
+  callbacks.on_vm = [this](const v1::Vm& vm) { domains_->Tell(vm.domain().uuid()); };
   callbacks.on_gone = [this](const v1::Vm& vm, const std::string& message) {
-    domains_->OnGone(vm.domain().uuid());
-    const std::string name = Localize(vm).name();
-    if (auto s = session()) s->SendGone(name.substr(name.find('/') + 1), message);
+    domains_->OnGone(vm.domain().uuid(), [&] {
+      const std::string name = Localize(vm).name();
+      if (auto s = session()) s->SendGone(name.substr(name.find('/') + 1), message);
+    });
   };
   callbacks.on_read = [this] {
     // What batond knows of this host's domains may be from before the agent or libvirt was restarted.

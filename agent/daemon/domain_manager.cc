@@ -136,7 +136,11 @@ void DomainManager::Complete(v1::Vm* vm) {
     vm->set_state(v1::Vm::INCOMING);
 }
 
-void DomainManager::OnGone(const std::string& uuid) {
+void DomainManager::OnGone(const std::string& uuid, const std::function<void()>& tell) {
+  {
+    std::lock_guard lock(telling_);
+    tell();
+  }
   EntryPtr served;
   {
     std::lock_guard lock(mutex_);
@@ -155,6 +159,7 @@ void DomainManager::OnGone(const std::string& uuid) {
 }
 
 void DomainManager::Tell(const std::string& uuid) {
+  std::lock_guard lock(telling_);
   if (auto vm = Find(uuid); vm.ok()) events_.on_vm(*vm);
 }
 

@@ -63,8 +63,11 @@ class DomainManager {
   // Adds to a domain as libvirt shows it what is known here: epoch, migration, shim; and that one which is
   // just coming or has just left is not this host's. Never waits.
   void Complete(v1::Vm* vm);
-  // libvirt does not have the domain any more.
-  void OnGone(const std::string& uuid);
+  // Tells batond of the domain as it is now. What is told of domains is told here, one at a time: whoever saw
+  // an older state must not speak after one who saw a newer.
+  void Tell(const std::string& uuid);
+  // libvirt does not have the domain any more; `tell` says so.
+  void OnGone(const std::string& uuid, const std::function<void()>& tell);
 
   // The domain is in the inventory, under this id, name or UUID.
   bool Has(const std::string& vm) const;
@@ -100,8 +103,6 @@ class DomainManager {
   VmEntry::Callbacks CallbacksFor(const EntryPtr& entry);
   void OnEvent(const EntryPtr& entry, const v1::ShimReply& event);
   void OnReport(const EntryPtr& entry, const v1::SideReport& report);
-  // Tells batond of the domain as it is now.
-  void Tell(const std::string& uuid);
   absl::StatusOr<vmm::LibvirtConnection*> Connection() const;
   // The epoch at which this host has the domain, if it has it.
   uint64_t EpochOf(const migration::Ownership& ownership, bool served, bool here) const;
@@ -140,6 +141,7 @@ class DomainManager {
   const VmEvents events_;
   const DomainStore store_;
   std::atomic<vmm::LibvirtInventory*> inventory_ = nullptr;
+  std::mutex telling_;
   mutable std::mutex mutex_;
   std::map<std::string, EntryPtr> entries_;  // by UUID; guarded by mutex_, as all below
   // Moved away, and libvirt has not yet shown that they are not here.

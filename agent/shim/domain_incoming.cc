@@ -191,6 +191,9 @@ void DomainIncoming::Run() {
   }
   const auto before = p_.journal.Now();
   const bool fresh = before.ok() && before->migration != id_;
+  // The source's connections went with the shim before this one.
+  recovered_ = !fresh;
+  broken_at_ = Clock::now();
   if (absl::Status prepared = Prepare(fresh); !prepared.ok()) {
     LOG_ERROR("migration {}: {}", id_, Message(prepared));
     {
@@ -307,7 +310,7 @@ bool DomainIncoming::SourceMayReturn() {
     opened_then_ = opened;
     broken_at_ = Clock::now();
   }
-  return broken > 0 && opened == opened_then_ && Clock::now() - broken_at_ < kReturn;
+  return (broken > 0 || recovered_) && opened == opened_then_ && Clock::now() - broken_at_ < kReturn;
 }
 
 bool DomainIncoming::Step() {

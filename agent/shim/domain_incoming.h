@@ -87,6 +87,7 @@ class DomainIncoming {
   // Of the thread alone.
   bool seen_ = false;  // the domain was here
   std::optional<Clock::time_point> owner_since_;
+  bool recovered_ = false;
   uint64_t broken_count_ = 0, opened_then_ = 0;
   Clock::time_point broken_at_{};
   std::optional<Clock::time_point> gone_since_;  // it was here and is not any more
