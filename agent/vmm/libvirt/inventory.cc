@@ -266,6 +266,14 @@ class LibvirtInventory::Impl {
           for (auto& [uuid, entry] : domains_) {
             if (entry.due() && entry.view_due <= Clock::now()) todo.insert(uuid);
           }
+          for (auto it = again_.begin(); it != again_.end();) {
+            if (it->second > Clock::now()) {
+              ++it;
+              continue;
+            }
+            todo.insert(it->first);
+            it = again_.erase(it);
+          }
         }
       }
       if (!up) {
@@ -296,6 +304,9 @@ class LibvirtInventory::Impl {
     std::optional<Clock::time_point> due;
     for (const auto& [uuid, entry] : domains_) {
       if (entry.due() && (!due || entry.view_due < *due)) due = entry.view_due;
+    }
+    for (const auto& [uuid, when] : again_) {
+      if (!due || when < *due) due = when;
     }
     return due;
   }
@@ -416,13 +427,13 @@ class LibvirtInventory::Impl {
     Entry entry;
     {
       std::lock_guard lock(mutex_);
+      // What hung, a monitor during a migration, mostly comes to itself soon; nothing tells of that.
+      again_[uuid] = Clock::now() + kTroubleInterval;
       auto found = domains_.find(uuid);
       if (found == domains_.end()) return;
       entry = found->second;
     }
-    // What it was busy with may have been the domain's end, of which it has told already.
-    entry.view_due = Clock::now() + kTroubleInterval;
-    entry.rereads = std::max(entry.rereads, 1);
+    entry.view_due = Clock::now() + options_.view_interval;
     entry.vm.set_message(why);
     Keep(uuid, std::move(entry));
   }
@@ -448,6 +459,7 @@ class LibvirtInventory::Impl {
   mutable std::condition_variable changed_;
   std::map<std::string, Entry> domains_;  // by UUID; guarded by mutex_, as all below
   std::set<std::string> pending_;
+  std::map<std::string, Clock::time_point> again_;  // could not be read
   bool read_all_ = false, up_ = false, tried_ = false, first_done_ = false, stopping_ = false;
   std::string why_;
   std::unique_ptr<LibvirtConnection> connection_;
