@@ -56,7 +56,10 @@ class DomainOutgoing {
   absl::Status Resolve(const v1::ResolveCommand& command);
   // News of the domain from this host's libvirt, or of the connection to it. Must not wait.
   void OnEvent(const vmm::DomainEvent& event) { mail_->Post(event); }
-  void OnLibvirt() { mail_->Wake(); }
+  void OnLibvirt(bool up) {
+    if (!up) missed_events_ = true;
+    mail_->Wake();
+  }
 
  private:
   // Why the migration is ended from this side.
@@ -115,6 +118,8 @@ class DomainOutgoing {
   std::unique_ptr<vmm::LibvirtConnection> remote_;
   // The destination's libvirt could be seen all the time since before the handover.
   const std::shared_ptr<std::atomic<bool>> watched_;
+  // The connection to this host's libvirt was lost once: that the domain was stopped may not have been heard.
+  std::atomic<bool> missed_events_ = false;
   vmm::DomainMover mover_;
   vmm::MoveSource source_;
   migration::Convergence convergence_;

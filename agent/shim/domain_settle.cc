@@ -92,13 +92,14 @@ vmm::SettlementInput DomainOutgoing::Look() {
   const bool runs_here =
       in.source.condition == Condition::kRunning || in.source.condition == Condition::kUnreachable;
   if (!runs_here && !in.source.job && in.source.condition != Condition::kPaused) Yielded();
-  // A shim that was started meanwhile has seen no event. libvirt says of a domain that it let go on after it
-  // had stopped it for a migration that it did so; one that never stopped runs for another reason.
+  // A shim that was started meanwhile, or whose libvirt was away, has not seen every event. libvirt says of a
+  // domain that it let go on after it had stopped it for a migration that it did so; one that never stopped
+  // runs for another reason.
   const bool never_stopped =
       in.source.condition == Condition::kRunning && reason != VIR_DOMAIN_RUNNING_MIGRATION_CANCELED;
   {
     std::lock_guard lock(mutex_);
-    in.handed_over = suspended_ || yielded_ || (resume_ && !never_stopped);
+    in.handed_over = suspended_ || yielded_ || ((resume_ || missed_events_) && !never_stopped);
   }
   bool watched = watched_->load();
   if (in.handed_over && !call_active_ && verdict == v1::HANDOVER_STATE_UNSPECIFIED &&

@@ -97,7 +97,7 @@ void DomainShim::Begin() {
   vmm::LibvirtCallbacks callbacks;
   callbacks.on_state = [this](bool up, const std::string&) {
     loop_->Post([this, up] {
-      if (outgoing_) outgoing_->OnLibvirt();
+      if (outgoing_) outgoing_->OnLibvirt(up);
       if (incoming_) incoming_->OnLibvirt(up);
     });
   };
