@@ -29,17 +29,19 @@ absl::StatusOr<v1::Migration> Controller::Plan(const v1::Migration& wanted) {
   ASSIGN_OR_RETURN(v1::Policy policy, policies_.Get(policy_id));
   if (!policy.schedule().empty()) {
     return Error(absl::StatusCode::kUnimplemented,
-                 "policies/{}: schedules are kept but not carried out by this version; use on_stall", policy_id);
+                 "policies/{}: schedules are kept but not carried out by this version; use on_stall",
+                 policy_id);
   }
   ASSIGN_OR_RETURN(v1::Vm known, fleet_.GetVm(vm));
   // libvirt's QEMUs move their memory themselves, Baton's own never do.
   const v1::Engine other = known.has_domain() ? v1::ENGINE_AGENT : v1::ENGINE_VMM;
   if (policy.engine() == other) {
-    return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
-                 "policies/{} wants the {} engine, {} is {} and moves by the other one: choose a policy with the "
-                 "engine auto",
-                 policy_id, known.has_domain() ? "agent" : "VMM", known.name(),
-                 known.has_domain() ? "a libvirt domain" : "a VM of Baton's own");
+    return Error(
+        v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
+        "policies/{} wants the {} engine, {} is {} and moves by the other one: choose a policy with the "
+        "engine auto",
+        policy_id, known.has_domain() ? "agent" : "VMM", known.name(),
+        known.has_domain() ? "a libvirt domain" : "a VM of Baton's own");
   }
   ASSIGN_OR_RETURN(v1::Host host, fleet_.GetHost(destination));
   if (known.host() == wanted.destination()) {
