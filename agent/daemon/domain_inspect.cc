@@ -37,8 +37,8 @@ absl::StatusOr<DirtyRate> ReadDirtyRate(virConnectPtr c, const std::string& uuid
     long long rate = 0;
     if (virTypedParamsGetInt(stats[i]->params, stats[i]->nparams, "dirtyrate.calc_status", &status) == 1)
       out.status = status;
-    if (virTypedParamsGetLLong(stats[i]->params, stats[i]->nparams, "dirtyrate.megabytes_per_second", &rate) ==
-            1 &&
+    if (virTypedParamsGetLLong(stats[i]->params, stats[i]->nparams, "dirtyrate.megabytes_per_second",
+                               &rate) == 1 &&
         rate > 0)
       out.mib_per_second = static_cast<uint64_t>(rate);
   }
@@ -49,8 +49,7 @@ absl::StatusOr<DirtyRate> ReadDirtyRate(virConnectPtr c, const std::string& uuid
 // Bytes a second that the guest writes, by QEMU's own measurement.
 absl::StatusOr<uint64_t> MeasureDirtyRate(vmm::LibvirtConnection& libvirt, const std::string& uuid,
                                           Duration sample, Deadline deadline) {
-  const int whole = static_cast<int>(std::clamp<int64_t>(
-      std::chrono::ceil<seconds>(sample).count(), 1, 60));
+  const int whole = static_cast<int>(std::clamp<int64_t>(std::chrono::ceil<seconds>(sample).count(), 1, 60));
   RETURN_IF_ERROR(libvirt.Call(
       "measuring the dirty rate",
       [uuid, whole](virConnectPtr c) {
@@ -62,12 +61,13 @@ absl::StatusOr<uint64_t> MeasureDirtyRate(vmm::LibvirtConnection& libvirt, const
       deadline));
   const Deadline measured = deadline.Min(Deadline::After(seconds(whole) + kDirtyGrace));
   // Nothing tells of its end.
-  std::this_thread::sleep_until((Clock::now() + seconds(whole)) < measured.when() ? Clock::now() + seconds(whole)
-                                                                                  : measured.when());
+  std::this_thread::sleep_until(
+      (Clock::now() + seconds(whole)) < measured.when() ? Clock::now() + seconds(whole) : measured.when());
   for (;;) {
-    ASSIGN_OR_RETURN(DirtyRate rate, vmm::CallFor<DirtyRate>(
-                                         libvirt, "reading the dirty rate",
-                                         [uuid](virConnectPtr c) { return ReadDirtyRate(c, uuid); }, deadline));
+    ASSIGN_OR_RETURN(DirtyRate rate,
+                     vmm::CallFor<DirtyRate>(
+                         libvirt, "reading the dirty rate",
+                         [uuid](virConnectPtr c) { return ReadDirtyRate(c, uuid); }, deadline));
     if (rate.status == VIR_DOMAIN_DIRTYRATE_MEASURED) return rate.mib_per_second << 20;
     if (measured.Expired())
       return Error(absl::StatusCode::kDeadlineExceeded, "QEMU has not measured the dirty rate in time");
@@ -76,7 +76,8 @@ absl::StatusOr<uint64_t> MeasureDirtyRate(vmm::LibvirtConnection& libvirt, const
 }
 
 // What QEMU really holds of the guest's memory, or all of it where that is not known.
-uint64_t MemoryUsed(vmm::LibvirtConnection& libvirt, const std::string& uuid, uint64_t total, Deadline deadline) {
+uint64_t MemoryUsed(vmm::LibvirtConnection& libvirt, const std::string& uuid, uint64_t total,
+                    Deadline deadline) {
   auto resident = vmm::CallFor<uint64_t>(
       libvirt, "reading memory statistics",
       [uuid](virConnectPtr c) -> absl::StatusOr<uint64_t> {
@@ -95,13 +96,15 @@ uint64_t MemoryUsed(vmm::LibvirtConnection& libvirt, const std::string& uuid, ui
 
 }  // namespace
 
-absl::StatusOr<v1::Inspection> DomainManager::Inspect(const v1::InspectVmCommand& command, Deadline deadline) {
+absl::StatusOr<v1::Inspection> DomainManager::Inspect(const v1::InspectVmCommand& command,
+                                                      Deadline deadline) {
   ASSIGN_OR_RETURN(vmm::LibvirtConnection * libvirt, Connection());
   ASSIGN_OR_RETURN(v1::Vm vm, Find(command.vm()));
   const std::string uuid = vm.domain().uuid();
   auto facts = vmm::GatherSourceFacts(*libvirt, uuid, deadline);
   if (!facts.ok())
-    return WithReason(facts.status(), absl::IsNotFound(facts.status()) ? v1::NOT_FOUND : v1::VM_NOT_MIGRATABLE);
+    return WithReason(facts.status(),
+                      absl::IsNotFound(facts.status()) ? v1::NOT_FOUND : v1::VM_NOT_MIGRATABLE);
   ASSIGN_OR_RETURN(vmm::DomainDescription domain, vmm::ParseDomain(facts->xml, config_.libvirt.socket_dir));
   v1::Inspection inspection;
   Complete(&vm);
@@ -119,8 +122,8 @@ absl::StatusOr<v1::Inspection> DomainManager::Inspect(const v1::InspectVmCommand
   ram->set_id("ram");
   ram->set_size(domain.memory_bytes);
   inspection.set_memory_used(MemoryUsed(*libvirt, uuid, domain.memory_bytes, deadline));
-  const Duration sample = seconds(command.dirty_sample().seconds()) +
-                          std::chrono::nanoseconds(command.dirty_sample().nanos());
+  const Duration sample =
+      seconds(command.dirty_sample().seconds()) + std::chrono::nanoseconds(command.dirty_sample().nanos());
   if (sample.count() > 0) {
     auto rate = MeasureDirtyRate(*libvirt, uuid, sample, deadline);
     if (rate.ok()) {

@@ -31,7 +31,8 @@ class DomainStore {
   // Removes the journal as well.
   absl::Status Forget(const std::string& uuid) const;
 
-  // Files that were made here for the disks of a migration to here, and are nobody's until the domain is here.
+  // Files that were made here for the disks of a migration to here, and are nobody's until the domain is
+  // here.
   absl::Status NoteImages(const std::string& uuid, const std::vector<std::string>& paths) const;
   // Deletes them, because the domain does not come.
   void DropImages(const std::string& uuid) const;
