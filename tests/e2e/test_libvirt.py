@@ -216,7 +216,8 @@ class Many(LibvirtTest):
         ended = ("SUCCEEDED", "FAILED", "CANCELLED")
         while len(records) < self.COUNT or not all(record["phase"] in ended for record in records):
             records = [m for m in self.cluster.get("migrations")["migrations"] if m["name"] in migrations]
-            most = max(most, sum(record["phase"] not in ("QUEUED", *ended) for record in records))
+            # One that only finishes has its place still, but batond may know of its end before its record says so.
+            most = max(most, sum(record["phase"] in ("PREPARING", "PRECOPY", "SWITCHOVER") for record in records))
             time.sleep(0.05)
         for record in records:
             self.assertEqual((record["phase"], record["guest_location"]), ("SUCCEEDED", "DESTINATION"), summary(record))
@@ -231,11 +232,15 @@ class Many(LibvirtTest):
         for name in names:
             self.cluster.hosts["b"].virsh("destroy", name)
         wait_until(lambda: not self.known(), "batond to forget all domains", 30)
-        wait_until(lambda: self.held_by_programs() == before, lambda: f"what was held before: {before}, and now "
-                   f"{self.held_by_programs()}", 30, pause=0.2)
+        wait_until(lambda: not self.more_than(before), lambda: f"no more to be held than before; there is (now, before) "
+                   f"{self.more_than(before)}", 30, pause=0.2)
 
     def known(self):
         return {vm["name"].split("/")[1] for vm in (self.cluster.get("vms") or {"vms": []})["vms"]}
+
+    def more_than(self, before):
+        now = self.held_by_programs()
+        return {key: (value, before.get(key)) for key, value in now.items() if value != before.get(key)}
 
     def held_by_programs(self):
         """Processes of the lab and their descriptors and threads, sockets and other files of the hosts."""
@@ -255,7 +260,9 @@ class Many(LibvirtTest):
             held[f"files of {name}"] = sorted(
                 os.path.relpath(os.path.join(parent, file), self.lab.dir)
                 for top in (agent.run_dir, agent.state_dir, agent.libvirt.run_dir) for parent, _, files in os.walk(top)
-                for file in files)
+                # Meant to stay: the ownership epoch of each domain that went away (journal), and for a source that asks late,
+                # how each migration to this host ended.
+                for file in files if not (top == agent.state_dir and (file == "journal" or parent.endswith("/ended"))))
         return held
 
     @staticmethod
