@@ -117,6 +117,9 @@ constexpr int kRereads = 10;
 constexpr auto kRereadInterval = std::chrono::milliseconds(200);
 // Of one that libvirt could not show.
 constexpr auto kTroubleInterval = std::chrono::seconds(2);
+// After an event. QEMU answers questions and switches a migration over on the same thread, and a domain's
+// events are the close of one more often than not: its view can wait until that is through.
+constexpr auto kQuiet = std::chrono::seconds(2);
 
 // One domain as libvirt has it now.
 struct ReadDomain {
@@ -141,14 +144,16 @@ bool IsIncoming(virDomainPtr domain) {
   return operation == VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN;
 }
 
-absl::StatusOr<ReadDomain> Read(virConnectPtr c, const std::string& uuid) {
+// `ran`: it was seen running here, so it is not on its way to here.
+absl::StatusOr<ReadDomain> Read(virConnectPtr c, const std::string& uuid, bool ran) {
   ASSIGN_OR_RETURN(DomainPtr domain, LookUp(c, uuid));
   ReadDomain out;
   if (virDomainGetState(domain.get(), &out.state, &out.reason, 0) != 0) return LibvirtError("state");
   out.active = virDomainIsActive(domain.get()) == 1;
   out.persistent = virDomainIsPersistent(domain.get()) == 1;
-  // Both ends of a migration show a paused domain near its end.
-  if (out.state == VIR_DOMAIN_PAUSED) out.incoming = IsIncoming(domain.get());
+  // Both ends of a migration show a paused domain near its end. (The source's QEMU would be asked for its
+  // figures, in the blackout.)
+  if (out.state == VIR_DOMAIN_PAUSED && !ran) out.incoming = IsIncoming(domain.get());
   std::unique_ptr<char, decltype(&std::free)> xml(virDomainGetXMLDesc(domain.get(), 0), &std::free);
   if (!xml) return LibvirtError("XML");
   out.xml = xml.get();
@@ -184,8 +189,11 @@ class LibvirtInventory::Impl {
       changed_.notify_all();
     };
     to_libvirt.on_event = [this](const DomainEvent& event) {
+      // Nothing of what is shown here changes with it.
+      if (event.kind == DomainEvent::Kind::kMigrationIteration) return;
       std::lock_guard lock(mutex_);
       pending_.insert(event.uuid);
+      touched_[event.uuid] = Clock::now();
       changed_.notify_all();
     };
     connection_ = LibvirtConnection::Start(options_.libvirt, std::move(to_libvirt));
@@ -236,12 +244,12 @@ class LibvirtInventory::Impl {
     v1::Vm vm;
     QemuView view;
     bool viewed = false;
-    Clock::time_point view_due{};
+    Clock::time_point read_at{};
+    Clock::time_point looked_at = Clock::time_point::min();  // at QEMU
     bool active = false;
     // libvirt tells that a domain has moved away before it removes its definition, and of that it tells
     // nothing: it is read again so many times more.
     int rereads = 0;
-    bool due() const { return active || rereads > 0; }
     // A look at QEMU that has not returned: no second one is begun.
     std::shared_ptr<std::atomic<bool>> looking = std::make_shared<std::atomic<bool>>(false);
   };
@@ -264,7 +272,7 @@ class LibvirtInventory::Impl {
         if (up) todo.swap(pending_);
         if (up) {
           for (auto& [uuid, entry] : domains_) {
-            if (entry.due() && entry.view_due <= Clock::now()) todo.insert(uuid);
+            if (const auto due = DueOf(uuid, entry); due && *due <= Clock::now()) todo.insert(uuid);
           }
           for (auto it = again_.begin(); it != again_.end();) {
             if (it->second > Clock::now()) {
@@ -300,10 +308,26 @@ class LibvirtInventory::Impl {
     return stopping_;
   }
 
+  // When QEMU is to be asked: some time after an event, else once in a while.
+  Clock::time_point LookDue(const std::string& uuid, const Entry& entry) const {
+    const auto touched = touched_.find(uuid);
+    return touched != touched_.end() && touched->second > entry.looked_at
+               ? touched->second + kQuiet
+               : entry.looked_at + options_.view_interval;
+  }
+
+  // When the domain is to be read again by itself.
+  std::optional<Clock::time_point> DueOf(const std::string& uuid, const Entry& entry) const {
+    if (entry.rereads > 0) return entry.read_at + kRereadInterval;
+    if (!entry.active) return std::nullopt;
+    return entry.vm.state() == v1::Vm::RUNNING ? LookDue(uuid, entry)
+                                               : entry.read_at + options_.view_interval;
+  }
+
   std::optional<Clock::time_point> NextDue() const {
     std::optional<Clock::time_point> due;
     for (const auto& [uuid, entry] : domains_) {
-      if (entry.due() && (!due || entry.view_due < *due)) due = entry.view_due;
+      if (const auto at = DueOf(uuid, entry); at && (!due || *at < *due)) due = at;
     }
     for (const auto& [uuid, when] : again_) {
       if (!due || when < *due) due = when;
@@ -335,32 +359,36 @@ class LibvirtInventory::Impl {
   }
 
   void ReadOne(const std::string& uuid) {
+    Entry entry;
+    Clock::time_point look_due;
+    {
+      std::lock_guard lock(mutex_);
+      if (auto found = domains_.find(uuid); found != domains_.end()) entry = found->second;
+      look_due = LookDue(uuid, entry);
+    }
+    const bool ran = entry.active && entry.vm.state() == v1::Vm::RUNNING;
     auto read = CallFor<ReadDomain>(
         *connection_, fmt::format("reading domain {}", uuid),
-        [uuid](virConnectPtr c) { return Read(c, uuid); }, Deadline::After(options_.call_timeout));
+        [uuid, ran](virConnectPtr c) { return Read(c, uuid, ran); }, Deadline::After(options_.call_timeout));
     if (absl::IsNotFound(read.status())) return Drop(uuid, "it has ended");
     if (!read.ok()) return Trouble(uuid, Message(read.status()));
     auto domain = ParseDomain(read->xml, options_.mediator_dir);
     if (!domain.ok()) return Trouble(uuid, Message(domain.status()));
 
-    Entry entry;
-    {
-      std::lock_guard lock(mutex_);
-      if (auto found = domains_.find(uuid); found != domains_.end()) entry = found->second;
-    }
+    entry.read_at = Clock::now();
     const bool moved_away = read->state == VIR_DOMAIN_SHUTOFF && read->reason == VIR_DOMAIN_SHUTOFF_MIGRATED;
     entry.rereads = !moved_away ? 0 : entry.active ? kRereads : std::max(0, entry.rereads - 1);
-    if (entry.rereads > 0) entry.view_due = Clock::now() + kRereadInterval;
     std::string words;
     entry.vm.set_name("vms/" + VmIdOf(domain->name, uuid));
     entry.vm.set_driver("libvirt");
     entry.vm.set_state(StateOf(read->state, read->reason, read->incoming, &words));
     entry.active = read->active;
-    if (read->active) {
+    looked_ = false;
+    if (!read->active) {
+      entry.viewed = false;
+    } else if (entry.vm.state() == v1::Vm::RUNNING && look_due <= Clock::now()) {
       if (std::string trouble = Look(uuid, entry); !trouble.empty())
         words += (words.empty() ? "" : "; ") + trouble;
-    } else {
-      entry.viewed = false;
     }
     const auto asked = entry.vm.domain().vmm_asked();
     *entry.vm.mutable_domain() = DomainMessage(*domain, entry.viewed ? &entry.view : nullptr);
@@ -374,8 +402,7 @@ class LibvirtInventory::Impl {
 
   // QEMU's own view. Returns what is wrong with it, in words.
   std::string Look(const std::string& uuid, Entry& entry) {
-    looked_ = false;
-    entry.view_due = Clock::now() + options_.view_interval;
+    entry.looked_at = Clock::now();
     if (entry.looking->exchange(true)) return "QEMU's monitor does not answer";
     auto view = CallFor<QemuView>(
         *connection_, fmt::format("asking the QEMU of domain {}", uuid),
@@ -417,6 +444,7 @@ class LibvirtInventory::Impl {
       if (found == domains_.end()) return;
       vm = std::move(found->second.vm);
       domains_.erase(found);
+      touched_.erase(uuid);
     }
     callbacks_.on_gone(vm, message);
   }
@@ -433,7 +461,7 @@ class LibvirtInventory::Impl {
       if (found == domains_.end()) return;
       entry = found->second;
     }
-    entry.view_due = Clock::now() + options_.view_interval;
+    entry.read_at = entry.looked_at = Clock::now();
     entry.vm.set_message(why);
     Keep(uuid, std::move(entry));
   }
@@ -459,7 +487,8 @@ class LibvirtInventory::Impl {
   mutable std::condition_variable changed_;
   std::map<std::string, Entry> domains_;  // by UUID; guarded by mutex_, as all below
   std::set<std::string> pending_;
-  std::map<std::string, Clock::time_point> again_;  // could not be read
+  std::map<std::string, Clock::time_point> touched_;  // the last event
+  std::map<std::string, Clock::time_point> again_;    // could not be read
   bool read_all_ = false, up_ = false, tried_ = false, first_done_ = false, stopping_ = false;
   std::string why_;
   std::unique_ptr<LibvirtConnection> connection_;

@@ -1,9 +1,9 @@
 // The domains of one libvirt daemon as VMs, kept up to date by its events.
 //
 // One thread reads; what it reads it tells through callbacks, and keeps for Vms(). A domain is read again
-// when libvirt reports something of it. QEMU's own view is asked for then, too, and once in a while, because
-// no event tells that the guest's driver accepted a feature. A monitor that hangs costs its domain the view,
-// and the others one time limit.
+// when libvirt reports something of it. QEMU's own view is asked for a while after that, too, so as not to
+// be in the way of a migration's switchover, and once in a while, because no event tells that the guest's
+// driver accepted a feature. A monitor that hangs costs its domain the view, and the others one time limit.
 #pragma once
 
 #include <functional>
