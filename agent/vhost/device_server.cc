@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "agent/vhost/memory_table.h"
+#include "agent/vhost/notify.h"
 #include "agent/vhost/socket.h"
 #include "agent/vhost/wire.h"
 #include "agent/virtio/features.h"
@@ -174,6 +175,7 @@ bool DeviceServer::Impl::RunPosted() {
 }
 
 void DeviceServer::Impl::Run() {
+  BlockSignals();
   for (;;) {
     std::vector<pollfd> fds = {
         {wake_.get(), POLLIN, 0},
@@ -317,10 +319,7 @@ void DeviceServer::Impl::Serve(uint32_t index) {
   ServedQueue& queue = queues_[index];
   if (!queue.ring || !queue.enabled) return;
   absl::Status status = model_.Serve(index, *queue.ring, *memory_);
-  if (queue.ring->NeedsCall() && queue.call) {
-    const uint64_t one = 1;
-    (void)!::write(queue.call.get(), &one, sizeof one);
-  }
+  if (queue.ring->NeedsCall() && queue.call) Notify(queue.call.get());
   if (!status.ok()) {
     // A ring that contradicts itself: the guest's fault, and its device's end until it is reset.
     LOG_WARN("device {}: ring {}: {}; it is not served any more", options_.name, index, Message(status));

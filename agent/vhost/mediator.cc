@@ -7,12 +7,12 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <csignal>
 #include <filesystem>
 #include <future>
 
 #include "agent/vhost/inflight_answer.h"
 #include "agent/vhost/mediator_impl.h"
+#include "agent/vhost/notify.h"
 #include "agent/virtio/features.h"
 #include "common/log.h"
 
@@ -105,10 +105,7 @@ absl::Status Mediator::Impl::Listen() {
 }
 
 void Mediator::Impl::Loop() {
-  // Writing to a notification pipe whose reader is gone must give EPIPE, not end the process.
-  sigset_t signals;
-  sigfillset(&signals);
-  ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  BlockSignals();
   while (!quit_) {
     int timeout = -1;
     if (link_.state == LinkState::kDown) timeout = Deadline::At(retry_at_).PollTimeoutMs();

@@ -1,20 +1,12 @@
 // The mediator's rings at the back-end: where one is to start, and its start.
-#include <poll.h>
-
-#include <cerrno>
-
 #include "agent/vhost/mediator_impl.h"
+#include "agent/vhost/notify.h"
 #include "agent/virtio/features.h"
 #include "common/log.h"
 
 namespace baton::vhost {
 void Inject(const Notifier& notifier) {
-  if (!notifier.fd) return;
-  pollfd p{notifier.fd.get(), POLLOUT, 0};
-  uint64_t one = 1;
-  if (::poll(&p, 1, 0) == 1 && (p.revents & POLLOUT) && ::write(p.fd, &one, sizeof one) < 0) {
-    LOG_DEBUG("a notification could not be written: {}", errno);
-  }
+  if (notifier.fd) Notify(notifier.fd.get());
 }
 
 absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {

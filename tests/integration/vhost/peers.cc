@@ -70,6 +70,8 @@ void Qsd::Kill() {
 }
 
 absl::StatusOr<UmlGuest> UmlGuest::Start(const Options& o) {
+  // A guest that has ended is an error with what it said, not the end of the test.
+  std::signal(SIGPIPE, SIG_IGN);
   const std::string initrd = o.directory + "/initrd";
   if (!std::filesystem::exists(initrd)) {
     SpawnOptions build;
@@ -134,7 +136,10 @@ void UmlGuest::Skip() {
 
 absl::Status UmlGuest::Type(char key) {
   char line[2] = {key, '\n'};
-  return ::write(in_.get(), line, 2) == 2 ? absl::OkStatus() : ErrnoError(errno, "guest console");
+  if (::write(in_.get(), line, 2) == 2) return absl::OkStatus();
+  const int error = errno;
+  Skip();
+  return Annotate(ErrnoError(error, "guest console"), "the guest printed: " + output_);
 }
 
 absl::Status UmlGuest::Progress(int lines, Deadline deadline) {
