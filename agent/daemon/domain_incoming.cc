@@ -1,6 +1,5 @@
 // DomainManager: the destination side before the peer connects.
 #include <fcntl.h>
-#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -10,6 +9,7 @@
 
 #include "agent/daemon/domain_host.h"
 #include "agent/daemon/domain_manager.h"
+#include "agent/daemon/token.h"
 #include "agent/vhost/probe.h"
 #include "agent/vmm/libvirt/checks.h"
 #include "agent/vmm/libvirt/rewrite.h"
@@ -25,17 +25,6 @@ using std::chrono::seconds;
 
 constexpr Duration kDomainProbe = seconds(3);
 constexpr Duration kAbortEnds = seconds(10);
-
-absl::StatusOr<std::string> DomainToken() {
-  std::string token(stream::kTokenSize, '\0');
-  size_t done = 0;
-  while (done < token.size()) {
-    ssize_t n = ::getrandom(token.data() + done, token.size() - done, 0);
-    if (n < 0 && errno != EINTR) return ErrnoError(errno, "getrandom");
-    if (n > 0) done += static_cast<size_t>(n);
-  }
-  return token;
-}
 
 // A back-end of this host for a device that QEMU reaches itself: it must be there and answer.
 absl::StatusOr<std::vector<v1::Finding>> ProbeDomainDevice(const vmm::DomainDevice& device,
@@ -227,7 +216,7 @@ absl::StatusOr<v1::Prepared> DomainManager::PrepareLocked(Locked locked, const P
     ASSIGN_OR_RETURN(v1::ShimConfig conf, MakeConfig(plan.uuid, plan.vm));
     conf.set_epoch(command.source().epoch());
     conf.set_migration_id(command.migration_id());
-    ASSIGN_OR_RETURN(*conf.mutable_token(), DomainToken());
+    ASSIGN_OR_RETURN(*conf.mutable_token(), NewToken());
     *conf.mutable_params() = command.params();
     *conf.mutable_domain() = plan.target;
     conf.mutable_domain_host()->set_name(command.source().vm().domain().name());

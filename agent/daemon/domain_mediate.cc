@@ -115,9 +115,14 @@ absl::StatusOr<v1::MediateDomainResponse> DomainManager::Mediate(const v1::Media
     wanted.specs.push_back(std::move(spec));
     wanted.devices.push_back(*std::move(resolved));
   }
-  const bool blocked = std::any_of(response.findings().begin(), response.findings().end(),
-                                   [](const v1::Finding& f) { return f.severity() == v1::BLOCKER; });
-  if (command.validate_only() || blocked || wanted.devices.empty()) return response;
+  if (command.validate_only()) return response;
+  for (const v1::Finding& finding : response.findings()) {
+    // Whoever got the XML would start a domain whose devices nobody serves.
+    if (finding.severity() == v1::BLOCKER)
+      return Error(v1::VALIDATION_FAILED, absl::StatusCode::kFailedPrecondition,
+                   "{}: {}; nothing was changed; {}", finding.subject(), finding.message(), finding.remedy());
+  }
+  if (wanted.devices.empty()) return response;
   RETURN_IF_ERROR(Serve(uuid, vm, domain->name, wanted, deadline));
   if (EntryPtr entry = FindEntry(uuid)) {
     const v1::ShimStatus status = entry->status();
@@ -147,11 +152,8 @@ absl::Status DomainManager::Serve(const std::string& uuid, const std::string& vm
                    vm);
     auto here = Find(uuid);
     if (before.domain_host().resident() && here.ok() && here->state() != v1::Vm::STOPPED)
-      return Error(
-          absl::StatusCode::kFailedPrecondition,
-          "vms/{} runs with other mediated devices: shut it down first, or give them other back-ends "
-          "with `batonctl device swap`",
-          vm);
+      return Error(absl::StatusCode::kFailedPrecondition,
+                   "vms/{} runs with other mediated devices: shut it down first", vm);
     Remove(entry);
     locked.lock.unlock();
     return Serve(uuid, vm, name, wanted, deadline);

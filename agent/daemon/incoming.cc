@@ -1,9 +1,6 @@
 // VmManager: the destination side before the peer connects.
-#include <sys/random.h>
-
-#include <cerrno>
-
 #include "agent/daemon/host_info.h"
+#include "agent/daemon/token.h"
 #include "agent/daemon/vm_manager.h"
 #include "agent/vhost/probe.h"
 #include "common/finding.h"
@@ -16,17 +13,6 @@ namespace {
 using std::chrono::seconds;
 
 constexpr Duration kArrivalProbe = seconds(3);
-
-absl::StatusOr<std::string> RandomToken() {
-  std::string token(stream::kTokenSize, '\0');
-  size_t done = 0;
-  while (done < token.size()) {
-    ssize_t n = ::getrandom(token.data() + done, token.size() - done, 0);
-    if (n < 0 && errno != EINTR) return ErrnoError(errno, "getrandom");
-    if (n > 0) done += static_cast<size_t>(n);
-  }
-  return token;
-}
 
 // The device as the source's mediator sees it; a default one if the source does not list it.
 v1::Device SourceDevice(const v1::Inspection& source, const v1::DeviceSpec& spec) {
@@ -166,7 +152,7 @@ absl::StatusOr<v1::Prepared> VmManager::PrepareLocked(const EntryPtr& entry,
     fresh.set_migration_id(command.migration_id());
     *fresh.mutable_source() = command.source();
     *fresh.mutable_params() = command.params();
-    ASSIGN_OR_RETURN(*fresh.mutable_token(), RandomToken());
+    ASSIGN_OR_RETURN(*fresh.mutable_token(), NewToken());
     entry->set_conf(fresh);
     RETURN_IF_ERROR(parts_.store.Write(spec.name(), fresh));
     return BringUp(

@@ -1,7 +1,6 @@
 #include "agent/shim/domain_shim.h"
 
 #include <signal.h>
-#include <sys/signalfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -32,7 +31,7 @@ DomainShim::~DomainShim() {
 
 absl::Status DomainShim::Init() {
   ASSIGN_OR_RETURN(loop_, EventLoop::Create());
-  RETURN_IF_ERROR(WatchSignals());
+  RETURN_IF_ERROR(loop_->WatchTermination([this](int signal) { OnSignal(signal); }));
   const v1::ShimConfig config = config_.Get();
   ASSIGN_OR_RETURN(journal_, DomainJournal::Open(config.state_dir() + "/journal"));
   ControlServer::Handlers handlers;
@@ -43,19 +42,6 @@ absl::Status DomainShim::Init() {
   ASSIGN_OR_RETURN(control_,
                    ControlServer::Start(*loop_, config.run_dir() + "/shim.sock", std::move(handlers)));
   return absl::OkStatus();
-}
-
-absl::Status DomainShim::WatchSignals() {
-  sigset_t set;
-  sigemptyset(&set);
-  for (int signal : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&set, signal);
-  // Before any thread is started, so that all of them inherit it.
-  if (int error = ::pthread_sigmask(SIG_BLOCK, &set, nullptr); error != 0)
-    return ErrnoError(error, "sigmask");
-  (void)::signal(SIGPIPE, SIG_IGN);
-  signals_.reset(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
-  if (!signals_) return ErrnoError(errno, "signalfd");
-  return loop_->Watch(signals_.get(), EPOLLIN, [this](uint32_t) { OnSignal(); });
 }
 
 int DomainShim::Run() {
@@ -71,17 +57,13 @@ void DomainShim::Exit(int code) {
   loop_->Quit();
 }
 
-void DomainShim::OnSignal() {
-  signalfd_siginfo info;
-  while (::read(signals_.get(), &info, sizeof(info)) == sizeof(info)) {
-    if (info.ssi_signo == SIGHUP) continue;
-    if (const std::string active = Active(); !active.empty()) {
-      LOG_WARN("{}: ignored during migration {}", ::strsignal(static_cast<int>(info.ssi_signo)), active);
-      continue;
-    }
-    LOG_INFO("{}: leaving; the domain goes on", ::strsignal(static_cast<int>(info.ssi_signo)));
-    Exit(0);
+void DomainShim::OnSignal(int signal) {
+  if (const std::string active = Active(); !active.empty()) {
+    LOG_WARN("{}: ignored during migration {}", ::strsignal(signal), active);
+    return;
   }
+  LOG_INFO("{}: leaving; the domain goes on", ::strsignal(signal));
+  Exit(0);
 }
 
 DomainOutgoingParts DomainShim::OutgoingParts() {

@@ -42,12 +42,11 @@ class DomainShim {
 
   explicit DomainShim(ConfigStore config) : config_(std::move(config)) {}
   absl::Status Init();
-  absl::Status WatchSignals();
 
   // --- loop thread ---
   void Begin();
   void OnRequest(v1::ShimRequest request, UniqueFd fd, Respond respond);
-  void OnSignal();
+  void OnSignal(int signal);
   absl::Status StartOutgoing(const v1::StartOutgoingCommand& command);
   void AbortIncoming(const v1::AbortIncomingCommand& command, Respond respond);
   absl::Status Retire();
@@ -69,7 +68,6 @@ class DomainShim {
   std::unique_ptr<EventLoop> loop_;
   std::unique_ptr<DomainJournal> journal_;
   std::shared_ptr<ControlServer> control_;
-  UniqueFd signals_;
   bool exiting_ = false;
   int exit_code_ = 0;
 

@@ -1,6 +1,9 @@
 #include "agent/shim/event_loop.h"
 
+#include <signal.h>
 #include <sys/eventfd.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <utility>
@@ -30,6 +33,23 @@ absl::Status EventLoop::Watch(int fd, uint32_t events, std::function<void(uint32
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) < 0) return ErrnoError(errno, "epoll_ctl");
   watches_[fd] = std::make_shared<std::function<void(uint32_t)>>(std::move(ready));
   return absl::OkStatus();
+}
+
+absl::Status EventLoop::WatchTermination(std::function<void(int)> ended) {
+  sigset_t set;
+  sigemptyset(&set);
+  for (int signal : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&set, signal);
+  if (int error = ::pthread_sigmask(SIG_BLOCK, &set, nullptr); error != 0)
+    return ErrnoError(error, "sigmask");
+  (void)::signal(SIGPIPE, SIG_IGN);
+  signals_.reset(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
+  if (!signals_) return ErrnoError(errno, "signalfd");
+  return Watch(signals_.get(), EPOLLIN, [this, ended = std::move(ended)](uint32_t) {
+    signalfd_siginfo info;
+    while (::read(signals_.get(), &info, sizeof(info)) == sizeof(info)) {
+      if (info.ssi_signo != SIGHUP) ended(static_cast<int>(info.ssi_signo));
+    }
+  });
 }
 
 void EventLoop::Change(int fd, uint32_t events) {

@@ -25,6 +25,10 @@ class EventLoop {
   absl::Status Watch(int fd, uint32_t events, std::function<void(uint32_t)> ready);
   void Change(int fd, uint32_t events);
   void Unwatch(int fd);
+  // Calls `ended` with SIGTERM or SIGINT when the process is told to end. SIGHUP is ignored: a shim outlives
+  // whoever started it. SIGPIPE too. Once, before any thread is started, so that all of them inherit the
+  // mask.
+  absl::Status WatchTermination(std::function<void(int signal)> ended);
   // Runs `function` in the loop, in the order of posting.
   void Post(std::function<void()> function);
   // Until Quit.
@@ -37,6 +41,7 @@ class EventLoop {
 
   UniqueFd epoll_;
   UniqueFd wake_;
+  UniqueFd signals_;
   std::unordered_map<int, std::shared_ptr<std::function<void(uint32_t)>>> watches_;
   std::mutex mutex_;
   std::vector<std::function<void()>> posted_;  // guarded by mutex_

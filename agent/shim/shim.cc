@@ -3,7 +3,6 @@
 #include <malloc.h>
 #include <signal.h>
 #include <sys/eventfd.h>
-#include <sys/signalfd.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -60,7 +59,7 @@ absl::Status Shim::Init() {
   ASSIGN_OR_RETURN(loop_, EventLoop::Create());
   cancel_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!cancel_) return ErrnoError(errno, "eventfd");
-  RETURN_IF_ERROR(WatchSignals());
+  RETURN_IF_ERROR(loop_->WatchTermination([this](int signal) { OnSignal(signal); }));
   VirtualMachine::Callbacks callbacks;
   callbacks.on_change = [this] {
     if (!publish_pending_->exchange(true)) loop_->Post([this] { PublishStatus(); });
@@ -87,19 +86,6 @@ absl::Status Shim::Init() {
   return absl::OkStatus();
 }
 
-absl::Status Shim::WatchSignals() {
-  sigset_t set;
-  sigemptyset(&set);
-  for (int signal : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&set, signal);
-  // Before any thread is started, so that all of them inherit it.
-  if (int error = ::pthread_sigmask(SIG_BLOCK, &set, nullptr); error != 0)
-    return ErrnoError(error, "sigmask");
-  (void)::signal(SIGPIPE, SIG_IGN);
-  signals_.reset(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
-  if (!signals_) return ErrnoError(errno, "signalfd");
-  return loop_->Watch(signals_.get(), EPOLLIN, [this](uint32_t) { OnSignal(); });
-}
-
 int Shim::Run() {
   loop_->Post([this] { BringUp(); });
   loop_->Run();
@@ -113,21 +99,15 @@ void Shim::Exit(int code) {
   loop_->Quit();
 }
 
-void Shim::OnSignal() {
-  signalfd_siginfo info;
-  while (::read(signals_.get(), &info, sizeof(info)) == sizeof(info)) {
-    if (info.ssi_signo == SIGHUP) continue;
-    if (migrations_->busy()) {
-      LOG_WARN("{}: ignored during migration {}", ::strsignal(static_cast<int>(info.ssi_signo)),
-               migrations_->active());
-      continue;
-    }
-    LOG_INFO("{}: leaving; the guest stays as it is, its disks wait for the next shim",
-             ::strsignal(static_cast<int>(info.ssi_signo)));
-    uint64_t one = 1;
-    (void)!::write(cancel_.get(), &one, sizeof(one));
-    Exit(0);
+void Shim::OnSignal(int signal) {
+  if (migrations_->busy()) {
+    LOG_WARN("{}: ignored during migration {}", ::strsignal(signal), migrations_->active());
+    return;
   }
+  LOG_INFO("{}: leaving; the guest stays as it is, its disks wait for the next shim", ::strsignal(signal));
+  uint64_t one = 1;
+  (void)!::write(cancel_.get(), &one, sizeof(one));
+  Exit(0);
 }
 
 absl::Status Shim::StartTask(const std::string& what, std::function<void()> work,

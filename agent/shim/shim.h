@@ -36,11 +36,10 @@ class Shim {
 
   explicit Shim(ConfigStore config);
   absl::Status Init();
-  absl::Status WatchSignals();
 
   // --- loop thread ---
   void OnRequest(v1::ShimRequest request, UniqueFd fd, Respond respond);
-  void OnSignal();
+  void OnSignal(int signal);
   void OnVmmExit();
   void BringUp();
   void Inspect(const v1::InspectVmCommand& command, Respond respond);
@@ -68,8 +67,7 @@ class Shim {
   std::unique_ptr<VirtualMachine> vm_;
   std::shared_ptr<ControlServer> control_;
   std::unique_ptr<MigrationHost> migrations_;
-  Respond abort_;  // waits for the incoming migration to be refused
-  UniqueFd signals_;
+  Respond abort_;    // waits for the incoming migration to be refused
   UniqueFd cancel_;  // eventfd: tells a task to hurry
   std::thread task_;
   std::string task_name_;  // empty: none

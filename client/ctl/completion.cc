@@ -34,9 +34,11 @@ const std::map<std::string, std::vector<std::string>>& OptionWords() {
   static const auto* map = new std::map<std::string, std::vector<std::string>>{
       {"--output", {"table", "wide", "json", "yaml", "name"}},
       {"--phase",
-       {"QUEUED", "PREPARING", "PRECOPY", "SWITCHOVER", "FINISHING", "SUCCEEDED", "FAILED", "CANCELLED"}},
+       {"QUEUED", "PREPARING", "PRECOPY", "SWITCHOVER", "POSTCOPY", "FINISHING", "SUCCEEDED", "FAILED",
+        "CANCELLED"}},
       {"--on-stall", {"abort", "raise-downtime", "switchover", "postcopy"}},
       {"--engine", {"auto", "agent", "vmm"}},
+      {"--compression", {"none", "xbzrle", "zlib", "zstd"}},
       {"--inflight", {"drain", "handoff"}},
       {"--kind", {"qemu-storage-daemon", "dpdk", "spdk", "libvhost-user", "lab"}},
       {"--on-device-error", {"migrate", "nothing"}},

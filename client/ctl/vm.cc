@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cerrno>
+#include <iostream>
 
 #include "client/ctl/console.h"
 #include "client/ctl/context.h"
@@ -164,7 +165,10 @@ absl::StatusOr<int> RunMediate(Context& c, const MediateOptions& o) {
     std::string findings = answer.findings().empty() ? "" : DescribeFindings(answer.findings());
     if (o.dry_run) return findings.empty() ? std::string("no findings\n") : findings;
     // The XML alone, where it goes on to `virsh define`.
-    if (o.out.empty()) return answer.xml();
+    if (o.out.empty()) {
+      std::cerr << findings;
+      return answer.xml();
+    }
     return findings + fmt::format("{} device(s) mediated; define the domain with: virsh define {}\n",
                                   answer.devices_size(), o.out);
   }));

@@ -70,7 +70,7 @@ class StorageDaemon:
 
 class LabStorage:
     """baton-lab-device over the shared image: suspends without completing, and does as it is told. `options`: of its
-    command line; `second`: whether a plain storage daemon serves the second image beside it."""
+    command line."""
 
     kind = "lab"
 
