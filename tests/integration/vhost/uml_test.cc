@@ -1,14 +1,11 @@
 // The mediator between a User-Mode Linux guest and qemu-storage-daemon: real front-end, real drivers, real
 // back-end.
-#include <fcntl.h>
 #include <gtest/gtest.h>
-
-#include <csignal>
-#include <filesystem>
 
 #include "agent/vhost/probe.h"
 #include "common/log.h"
 #include "tests/integration/vhost/peers.h"
+#include "tests/lab/vm/harness.h"
 
 namespace baton::test {
 namespace {
@@ -36,25 +33,13 @@ class UmlMediator : public ::testing::Test {
     qsd_.emplace(std::move(*qsd));
   }
 
-  // The lab device, which suspends without completing. Ends when the test does.
-  absl::StatusOr<Process> StartLabDevice(const std::string& socket, const std::string& latency_max_us) {
-    std::filesystem::remove(socket);
-    SpawnOptions spawn;
+  // The lab device, which suspends without completing.
+  absl::StatusOr<lab::BackendProcess> StartLabDevice(const std::string& socket,
+                                                     const std::string& latency_max_us) {
     // User-Mode Linux starts a packed ring at base 0, which no back-end takes.
-    spawn.argv = {BATON_LAB_DEVICE,   "--socket",     socket,      "--image", image_,   "--exit-on-eof",
-                  "--latency-max-us", latency_max_us, "--without", "packed",  "--base", "ignored"};
-    if (!keep_) {
-      int pipe_fds[2];
-      if (::pipe2(pipe_fds, O_CLOEXEC) != 0) return ErrnoError(errno, "pipe");
-      in_.reset(pipe_fds[0]);
-      keep_.reset(pipe_fds[1]);
-    }
-    spawn.stdin_fd = in_.get();
-    spawn.stderr_fd = 2;
-    ASSIGN_OR_RETURN(Process process, Process::Spawn(spawn));
-    if (!Eventually([&] { return std::filesystem::exists(socket); }, seconds(10)))
-      return absl::UnavailableError("the lab device does not listen");
-    return process;
+    return lab::BackendProcess::Start({BATON_LAB_DEVICE, "--exit-on-eof", "--latency-max-us", latency_max_us,
+                                       "--without", "packed", "--base", "ignored"},
+                                      socket, image_, /*says_ready=*/true, Deadline::After(kSoon));
   }
 
   vhost::MediatorOptions Options() {
@@ -82,6 +67,22 @@ class UmlMediator : public ::testing::Test {
     ASSERT_TRUE(started.ok()) << started.status();
   }
 
+  // A back-end serves the rings as soon as it has them, so that the guest may go on before the mediator has
+  // sent the last message and says so.
+  void ExpectActive(uint32_t reconnects) {
+    EXPECT_TRUE(Eventually(
+        [&] {
+          const v1::Device device = mediator_->Describe();
+          return device.state() == v1::Device::ACTIVE && device.reconnects() == reconnects;
+        },
+        kSoon))
+        << mediator_->Describe().ShortDebugString();
+  }
+
+  void AwaitLost() {
+    ASSERT_TRUE(Eventually([&] { return mediator_->Describe().state() == v1::Device::BACKEND_LOST; }, kSoon));
+  }
+
   void ExpectClean() {
     auto result = guest_->Finish(Deadline::After(kSoon));
     ASSERT_TRUE(result.ok()) << result.status();
@@ -92,7 +93,6 @@ class UmlMediator : public ::testing::Test {
   const std::string image_ = work_.Path("image"), backend_ = work_.Path("qsd.sock"),
                     front_ = work_.Path("vmm.sock");
   std::optional<Qsd> qsd_;
-  UniqueFd in_, keep_;  // standard input of lab devices, and its other end
   std::unique_ptr<vhost::Mediator> mediator_;
   std::optional<UmlGuest> guest_;
 };
@@ -102,8 +102,8 @@ TEST_F(UmlMediator, GuestBootsAndItsDataIsRight) {
   StartMediator(Options());
   StartGuest();
   ASSERT_TRUE(guest_->Progress(3, Deadline::After(kSoon)).ok());
+  ExpectActive(/*reconnects=*/0);
   v1::Device device = mediator_->Describe();
-  EXPECT_EQ(device.state(), v1::Device::ACTIVE);
   EXPECT_EQ(device.queues_size(), 1);
   EXPECT_NE(device.acked_features(), 0u);
   ExpectClean();
@@ -126,13 +126,11 @@ TEST_F(UmlMediator, KilledBackendIsReplacedUnderTheRunningGuest) {
   for (uint32_t round = 1; round <= 3; ++round) {
     ASSERT_TRUE(guest_->Progress(2, Deadline::After(kSoon)).ok());
     qsd_->Kill();
-    ASSERT_TRUE(
-        Eventually([&] { return mediator_->Describe().state() == v1::Device::BACKEND_LOST; }, seconds(5)));
+    ASSERT_NO_FATAL_FAILURE(AwaitLost());
     StartQsd();
     auto went_on = guest_->Progress(2, Deadline::After(kSoon));
     ASSERT_TRUE(went_on.ok()) << went_on << " " << mediator_->Describe().message();
-    EXPECT_EQ(mediator_->Describe().reconnects(), round);
-    EXPECT_EQ(mediator_->Describe().state(), v1::Device::ACTIVE);
+    ExpectActive(round);
   }
   ExpectClean();
 }
@@ -148,13 +146,13 @@ TEST_F(UmlMediator, KilledBackendWithInflightRegionLosesNothingAtDepth) {
   StartGuest(/*threads=*/16, /*report=*/200);
   for (uint32_t round = 1; round <= 5; ++round) {
     ASSERT_TRUE(guest_->Progress(1, Deadline::After(kSoon)).ok());
-    backend->Signal(SIGKILL);
-    (void)backend->Wait(Deadline::After(seconds(10)));
+    backend->Kill();
+    ASSERT_NO_FATAL_FAILURE(AwaitLost());
     backend = StartLabDevice(backend_, "3000");
     ASSERT_TRUE(backend.ok()) << backend.status();
     auto went_on = guest_->Progress(1, Deadline::After(kSoon));
     ASSERT_TRUE(went_on.ok()) << went_on << " " << mediator_->Describe().message();
-    EXPECT_EQ(mediator_->Describe().reconnects(), round);
+    ExpectActive(round);
   }
   ExpectClean();
 }
@@ -213,8 +211,10 @@ TEST_F(UmlMediator, LostBackendCostsNoProcessorTime) {
   StartMediator(Options());
   StartGuest();
   qsd_->Kill();
-  ASSERT_TRUE(
-      Eventually([&] { return mediator_->Describe().state() == v1::Device::BACKEND_LOST; }, seconds(5)));
+  ASSERT_NO_FATAL_FAILURE(AwaitLost());
+  // What was done before may be printed now.
+  Deadline quiet = Deadline::After(kSoon);
+  while (guest_->Progress(1, Deadline::After(seconds(1))).ok()) ASSERT_FALSE(quiet.Expired());
   const uint64_t before = mediator_->wakeups();
   EXPECT_FALSE(guest_->Progress(1, Deadline::After(seconds(3))).ok());
   EXPECT_LT(mediator_->wakeups() - before, 20u);

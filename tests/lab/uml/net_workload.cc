@@ -4,7 +4,7 @@
 // Commands on standard input, one letter: 2 and 1 set the number of queue pairs (ethtool's channels), p and n
 // switch promiscuous mode on and off, q stops, waits for what is on its way, prints RESULT and powers off.
 //
-// A frame that has not come back when a later one does, or after two seconds, counts as lost and is not
+// A frame that has not come back when a later one does, or after eight seconds, counts as lost and is not
 // waited for any more; if it comes after all, the network changed the order, which is an error.
 #include <arpa/inet.h>
 #include <fcntl.h>
@@ -19,6 +19,7 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -34,7 +35,7 @@ namespace {
 
 constexpr uint16_t kEtherType = 0x88b5;  // for local experiments (IEEE 802)
 constexpr uint8_t kPeer[6] = {0x02, 0, 0, 0, 0, 0xfe};
-constexpr uint64_t kLostAfterUs = 2000000, kCarrierUs = 10000000;
+constexpr uint64_t kLostAfterUs = 8000000, kCarrierUs = 60000000;
 constexpr unsigned kMaxWindow = 256;
 
 struct Stamp {
@@ -100,13 +101,22 @@ void Flags(int fd, int add, int remove) {
   if (ioctl(fd, SIOCSIFFLAGS, &request) != 0) std::printf("ERROR flags of eth0: %s\n", std::strerror(errno));
 }
 
+// True once the link watch has seen the carrier. IFF_RUNNING does not tell: it is set as well while the state
+// is "unknown", as it is from the registration of eth0 until the link watch looks for the first time.
+bool OperstateUp() {
+  int fd = open("/sys/class/net/eth0/operstate", O_RDONLY | O_CLOEXEC);
+  char state[8] = {};
+  const bool up = fd >= 0 && read(fd, state, sizeof state - 1) > 0 && std::strcmp(state, "up\n") == 0;
+  if (fd >= 0) close(fd);
+  return up;
+}
+
 // Linux drops what is sent before it has seen the carrier (noop_qdisc), which it does some time after eth0 is
 // up.
 void AwaitCarrier(int fd) {
   for (const uint64_t end = NowUs() + kCarrierUs; NowUs() < end; poll(nullptr, 0, 2)) {
-    ifreq request = Named();
-    if (ioctl(fd, SIOCGIFFLAGS, &request) != 0 || !(request.ifr_flags & IFF_RUNNING)) continue;
-    // The flag is set before the queues are: this takes the lock under which both happen (linkwatch_do_dev).
+    if (!OperstateUp()) continue;
+    // The state is set before the queues are: this takes the lock under which both happen (linkwatch_do_dev).
     return Flags(fd, IFF_UP, 0);
   }
   std::printf("ERROR eth0 has no carrier\n");
@@ -209,6 +219,8 @@ void ReceiveFrames(int fd, uint64_t* heard) {
 int main() {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   mount("proc", "/proc", "proc", 0, nullptr);
+  mkdir("/sys", 0755);
+  mount("sysfs", "/sys", "sysfs", 0, nullptr);
   ReadNetOptions();
   for (const char* module : {"/failover.ko", "/net_failover.ko", "/virtio_net.ko"}) {
     if (!LoadNetModule(module)) std::printf("ERROR %s: %s\n", module, std::strerror(errno));
