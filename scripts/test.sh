@@ -15,6 +15,9 @@ total=0
 failed=0
 declare -a failures=()
 mkdir -p build logs
+# The essential lines of what failed, shown once more at the end.
+digest=logs/test-failures.log
+: >"$digest"
 
 # A failure of one check counts as one test.
 count() {
@@ -37,9 +40,35 @@ check() {
     say "$name: passed ($((SECONDS - start)) s)"
   else
     tail -n 80 "$log" >&2
+    { echo "--- $name ($log):" && tail -n 15 "$log" | cut -c 1-300; } >>"$digest"
     say "$name: FAILED ($((SECONDS - start)) s), all of it in $log"
   fi
   return "$status"
+}
+
+# essence LOG TEST: of the output of a test in a log of ctest's what says why it failed: failed assertions of googletest,
+# traces of unittest, reports of sanitizers; the end, if there are none. At most 25 lines.
+essence() {
+  awk -v test="$2" '
+    function keep(line) { kept[++n] = "  " substr(line, 1, 300) }
+    /^ *[0-9]+\/[0-9]+ Test +#[0-9]+: / { on = $4 == test && /\*\*\*/; left = trace = 0; next }
+    /^ +Start +[0-9]+: / || /^[0-9]+% tests passed/ { on = 0 }
+    !on { next }
+    { tail[++lines] = $0 }
+    /^\[ RUN / { run = $0 }
+    /^20[0-9-]+T[0-9:]+/ { left = 0 }
+    /: Failure$/ && run { keep(run); run = "" }
+    /: Failure$/ || /ERROR: [A-Z][A-Za-z]+Sanitizer/ || /Assertion .* failed/ { left = 8 }
+    /^(FAIL|ERROR): / { trace = 1 }
+    trace && /^$/ { trace = 0 }
+    trace || left-- > 0 { keep($0) }
+    END {
+      if (!n) for (i = lines > 15 ? lines - 14 : 1; i <= lines; ++i) keep(tail[i])
+      for (i = 1; i <= n; ++i) {
+        if (n <= 25 || i <= 12 || i > n - 12) print kept[i]
+        else if (i == 13) print "  [...]"
+      }
+    }' "$1"
 }
 
 # tests PRESET [CTEST ARGUMENT...]: runs ctest and adds its counts. No tests at all is a failure.
@@ -58,7 +87,10 @@ tests() {
   total=$((total + all))
   failed=$((failed + bad))
   if [ "$bad" != 0 ]; then
-    while read -r name; do failures+=("$preset: $name"); done < <(
+    while read -r name; do
+      failures+=("$preset: $name")
+      { echo "--- $preset: $name" && essence "$log" "${name%% (*}"; } >>"$digest"
+    done < <(
       sed -n '/^The following tests FAILED:/,/^Errors while/p' "$log" | sed -nE 's/^\s*[0-9]+ - (.*)/\1/p')
   fi
   # A test that did not run is not a test that passed.
@@ -126,6 +158,8 @@ finish() {
   [ "$total" = 0 ] || percent=$(((total - failed) * 100 / total))
   # ctest rounds, and never to 100 while something failed.
   if [ "$failed" != 0 ]; then
+    echo
+    cat "$digest"
     echo
     echo "The following tests FAILED:"
     printf '  %s\n' "${failures[@]}"
