@@ -6,6 +6,7 @@ import unittest
 
 from batonlab.case import ClusterTest
 from batonlab.cluster import seconds
+from batonlab.lab import LabError
 from batonlab.nic import ARP, RARP, NetDevice, Outside
 
 MAC = "52:54:00:ba:70:0a"
@@ -37,19 +38,26 @@ class Nics(ClusterTest):
         cls.cluster.wait_hosts()
         cls.cluster.extra_devices = [{"name": "net0", "class": "net", "mac": MAC}]
 
+    def wait_answers(self, more):
+        try:
+            self.outside.wait_answers(more, timeout=60)
+        except LabError as error:
+            stats = {name: device.stats() for name, device in self.devices.items()}
+            raise LabError(f"{error}; devices: {stats}") from error
+
     def cross(self):
         """One move under traffic; the record of the migration and the times around it."""
         self.have_guest()
-        self.outside.wait_answers(20, timeout=60)
+        self.wait_answers(20)
         begin = time.monotonic()
         migration = self.move(self.ends()[1])
-        self.outside.wait_answers(50, timeout=60)
+        self.wait_answers(50)
         return migration, begin, time.monotonic()
 
     def check_traffic(self, migration, begin, end):
         self.assertEqual((self.outside.damaged, self.outside.repeated), (0, 0))
         # Requests in the blackout meet a host where the guest is no longer; before and after nothing is lost.
-        lost = self.outside.lost_between(begin - 1.0, end - 1.0)
+        lost = self.outside.lost_between(begin - 1.0, end)
         gap = self.outside.longest_gap(begin, end)
         silent = [self.outside.sent[n] for n in lost]
         if silent:

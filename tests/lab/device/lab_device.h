@@ -126,7 +126,8 @@ class LabDevice final : private DeviceHost {
     bool started = false;
     bool broken = false;  // by the driver
     bool stopping = false;
-    bool emptied = false;  // the model has been told that there is no more
+    bool emptied = false;   // the model has been told that there is no more
+    bool fetching = false;  // in Fetch, which asks for kicks when the model has looked
     std::optional<virtio::DeviceQueue> queue;
     std::optional<virtio::InflightTracker<TrackerCrash>> tracker;
     uint64_t next_counter = 1;

@@ -191,7 +191,9 @@ void LabDevice::Fetch(Vring& ring) {
   if (!Serving(ring) || suspended_ || suspending_) return;
   for (;;) {
     ring.emptied = false;
+    ring.fetching = true;
     model_->Available(ring.index);
+    ring.fetching = false;
     if (!Serving(ring)) return;
     auto more = ring.queue->EnableKicks();
     if (!more.ok()) return BreakRing(ring, more.status());
@@ -267,11 +269,17 @@ IoRequest* LabDevice::Pop(uint32_t index) {
     if (!why.ok()) BreakRing(ring, why);
     return nullptr;
   };
-  auto popped = ring.queue->Pop(&slot->chain);
-  if (!popped.ok()) return give_back(popped.status());
-  if (!*popped) {
+  for (;;) {
+    auto popped = ring.queue->Pop(&slot->chain);
+    if (!popped.ok()) return give_back(popped.status());
+    if (*popped) break;
     ring.emptied = true;
-    return give_back(absl::OkStatus());
+    if (ring.fetching) return give_back(absl::OkStatus());
+    // A model that wants a buffer because something came for it: with an event index, the driver kicks only
+    // when it passes the entry at which kicks were asked for last, and that one is long gone.
+    auto more = ring.queue->EnableKicks();
+    if (!more.ok()) return give_back(more.status());
+    if (!*more) return give_back(absl::OkStatus());
   }
   CrashPoint("before_fetch");
   if (ring.tracker) {

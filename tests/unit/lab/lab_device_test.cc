@@ -242,6 +242,53 @@ TEST_P(LabDeviceTest, ResetDeviceCancelsAndStartsAnew) {
   EXPECT_TRUE(front_->Reap(0).empty());
 }
 
+// Takes a buffer when something comes for it, as a NIC does, and otherwise leaves them in the ring.
+class WantsWhenToldModel final : public DeviceModel {
+ public:
+  void Attach(DeviceHost* host) override { host_ = host; }
+  uint64_t Features() const override { return 0; }
+  uint32_t Queues() const override { return 2; }
+  std::span<const uint8_t> Config() const override { return {}; }
+  absl::Status WriteConfig(uint32_t, std::span<const uint8_t>, bool) override { return absl::OkStatus(); }
+  void Replay(IoRequest* request) override { host_->Complete(request, 0); }
+  void Available(uint32_t queue) override {
+    if (queue == 0) Take();
+  }
+  void Stop(uint32_t, StopMode) override {}
+  absl::Status Set(const nlohmann::json& command) override {
+    waiting_ += command.value("arrived", 0);
+    Take();
+    return absl::OkStatus();
+  }
+
+ private:
+  void Take() {
+    for (; waiting_ > 0; --waiting_) {
+      IoRequest* request = host_->Pop(0);
+      if (!request) return;
+      host_->Complete(request, 0);
+      ++host_->Counter("taken");
+    }
+  }
+  DeviceHost* host_ = nullptr;
+  int waiting_ = 0;
+};
+
+TEST_P(LabDeviceTest, BuffersThatComeAfterTheLastWasTakenAreHeardOf) {
+  device_ = std::make_unique<DeviceThread>(Options(), std::make_unique<WantsWhenToldModel>());
+  front_ = std::make_unique<LabFront>(GetParam(), 2, 32);
+  ASSERT_TRUE(front_->Connect(directory_.Path("socket")).ok());
+  for (uint32_t i = 0; i < 8; ++i) ASSERT_TRUE(front_->Add(0, i, kRead, 0, 512, 0).ok());
+  front_->Kick(0);
+  device_->Command({{"cmd", "set"}, {"arrived", 10}});
+  ASSERT_EQ(front_->Await(0, 8).size(), 8u);
+  ASSERT_TRUE(device_->Await("taken", 8));
+  front_->Submit(0, 0, kRead, 0);
+  ASSERT_EQ(front_->Await(0, 1).size(), 1u);
+  front_->Submit(0, 1, kRead, 0);
+  ASSERT_EQ(front_->Await(0, 1).size(), 1u);
+}
+
 INSTANTIATE_TEST_SUITE_P(Rings, LabDeviceTest,
                          ::testing::Values(0, virtio::kFRingPacked,
                                            virtio::kFIndirectDesc | virtio::kFEventIdx,

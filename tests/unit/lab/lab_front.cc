@@ -35,11 +35,13 @@ void LabDirectory::MakeImage(uint64_t bytes) const {
   EXPECT_EQ(::ftruncate(image.get(), static_cast<off_t>(bytes)), 0);
 }
 
-DeviceThread::DeviceThread(LabDeviceOptions options, BlkOptions blk) : stop_(::eventfd(0, EFD_CLOEXEC)) {
+DeviceThread::DeviceThread(LabDeviceOptions options, BlkOptions blk)
+    : DeviceThread(std::move(options), BlkModel::Create(std::move(blk)).value()) {}
+
+DeviceThread::DeviceThread(LabDeviceOptions options, std::unique_ptr<DeviceModel> model)
+    : stop_(::eventfd(0, EFD_CLOEXEC)) {
   options.crash_kills = false;
-  auto model = BlkModel::Create(std::move(blk));
-  EXPECT_TRUE(model.ok()) << model.status();
-  auto device = LabDevice::Create(std::move(options), *std::move(model));
+  auto device = LabDevice::Create(std::move(options), std::move(model));
   EXPECT_TRUE(device.ok()) << device.status();
   device_ = *std::move(device);
   thread_ = std::thread([this] { result_ = device_->Run(stop_.get()); });

@@ -41,6 +41,7 @@ class LabDirectory {
 class DeviceThread {
  public:
   DeviceThread(LabDeviceOptions options, BlkOptions blk);
+  DeviceThread(LabDeviceOptions options, std::unique_ptr<DeviceModel> model);
   ~DeviceThread();
   LabDevice& operator*() { return *device_; }
   LabDevice* operator->() { return device_.get(); }
