@@ -27,6 +27,25 @@ absl::Status Violation(const std::string& what) {
                what);
 }
 
+// The first few runs of pages, for people: what lies there tells who wrote it.
+std::string WhichPages(const memory::PageSets& sets, const memory::GuestRam& ram) {
+  constexpr size_t kMost = 6;
+  std::vector<std::string> runs;
+  for (size_t i = 0; i < sets.size() && runs.size() <= kMost; ++i) {
+    uint64_t from = 0;
+    for (auto run = sets[i].NextRun(from); run.count != 0; run = sets[i].NextRun(from)) {
+      if (runs.size() == kMost) {
+        runs.push_back("and more");
+        break;
+      }
+      runs.push_back(fmt::format("{} at {:#x} of block {}", run.count, run.first * memory::kPageSize,
+                                 ram.blocks()[i].id()));
+      from = run.first + run.count;
+    }
+  }
+  return fmt::format("{}", fmt::join(runs, ", "));
+}
+
 }  // namespace
 
 absl::Status IncomingMigration::Impl::Receive() {
@@ -187,10 +206,14 @@ absl::Status IncomingMigration::Impl::LandRound(const v1::RoundEnd& end, Deadlin
     AddTime("barrier", begin);
     if (doubtful > 0)
       return Error(v1::STATE_MISMATCH, absl::StatusCode::kDataLoss,
-                   "{} pages of guest memory do not match their checksums after the final round", doubtful);
+                   "{} pages of guest memory do not match their checksums after the final round: {}",
+                   doubtful, WhichPages(receiver_->doubtful(), p_.ram));
     landed_ = true;
     return absl::OkStatus();
   }
+  if (doubtful > 0)
+    LOG_INFO("round {}: {} pages were written while they were sent, and are to come again", end.round(),
+             doubtful);
   Tick();
   v1::PeerMessage message;
   message.mutable_round_ack()->set_round(end.round());
