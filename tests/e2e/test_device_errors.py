@@ -10,7 +10,7 @@ class ErrorsMove(Errors):
     test_an_error_is_seen_and_outlives_the_shim = None  # in its own suite
 
     def first_migration(self):
-        found = wait_until(lambda: self.migrations()[self.before:], "a migration", 60, pause=0.1)
+        found = wait_until(lambda: self.migrations()[self.before:], "a migration", 120, pause=0.1)
         self.assertEqual((found[0]["labels"]["cause"], found[0]["labels"]["device"]), ("device-event", "disk0"))
         return self.cluster.wait_ended(found[0]["name"], 60)
 
@@ -21,7 +21,7 @@ class ErrorsMove(Errors):
         self.assertEqual((first["phase"], first["reason"], first["guest_location"]), ("FAILED", "DRAIN_TIMEOUT", "SOURCE"))
         # There is room again: the next attempt succeeds.
         self.storage.set(no_space=False)
-        wait_until(lambda: self.cluster.host_of() == self.destination, f"the guest on {self.destination}", 60, pause=0.2)
+        wait_until(lambda: self.cluster.host_of() == self.destination, f"the guest on {self.destination}", 120, pause=0.2)
         self.assert_runs_only(self.destination)
         self.assert_clean()
 

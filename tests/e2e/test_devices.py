@@ -49,7 +49,7 @@ class Devices(ClusterTest):
         self.swap(storage.socket)
         self.agent.storage.kill()
         self.guest.wait_writes(50)
-        self.assertEqual(self.device()["state"], "ACTIVE")
+        self.wait_device(lambda device: device["state"] == "ACTIVE", "an active device")
         self.agent.storage.start()
         self.back()
         self.assert_clean()
@@ -64,12 +64,12 @@ class Devices(ClusterTest):
         (shim,) = self.agent.shims()
         shim.end()
         wait_until(lambda: self.device()["backend"]["socket"] == storage.socket and self.device()["state"] == "ACTIVE",
-                   lambda: f"the new shim to use the new back-end: {self.device()}", 30, pause=0.2)
+                   lambda: f"the new shim to use the new back-end: {self.device()}", 60, pause=0.2)
         self.guest.wait_writes(20)
         self.back()
         # Carried out already: not again.
         self.swap(storage.socket, "--request-id", "e2e-swap-1")
-        self.assertEqual(self.device()["backend"]["socket"], self.agent.storage.socket)
+        self.wait_device(lambda device: device["backend"]["socket"] == self.agent.storage.socket, "the back-end of before")
         self.assert_clean()
 
     def test_what_cannot_take_over_is_refused(self):
@@ -148,7 +148,7 @@ class Errors(ClusterTest):
     def test_an_error_is_seen_and_outlives_the_shim(self):
         seen = self.events()
         self.storage.set(no_space=True)
-        wait_until(lambda: self.events() > seen, "an event of the device", 30, pause=0.1)
+        wait_until(lambda: self.events() > seen, "an event of the device", 60, pause=0.1)
         self.assertGreater(int(self.device()["last_event"]["held"]), 0)
         self.assertIn("requests held", self.cluster.ctl("device", "list", "vm1").stdout)
         self.storage.set(no_space=False)

@@ -133,7 +133,12 @@ class ClusterTest(unittest.TestCase):
             devices = vm.get("devices") or []
             return (vm.get("state") == "RUNNING" and int(vm.get("shim_pid", 0)) not in (0, shim.pid) and devices
                     and all(device["state"] == "ACTIVE" for device in devices))
-        wait_until(served, lambda: f"a new shim of vm1: {self.cluster.vm()}", 30, pause=0.2)
+        wait_until(served, lambda: f"a new shim of vm1: {self.cluster.vm()}", 60, pause=0.2)
+
+    def wait_device(self, wanted, what):
+        """Waits until batond says so of the guest's first device: it hears of a change later than the guest."""
+        wait_until(lambda: any(wanted(device) for device in (self.cluster.vm() or {}).get("devices", [])[:1]),
+                   lambda: f"{what}: {self.cluster.vm()}", 60, pause=0.1)
 
     def lose_guest(self):
         """The guest is gone for good; the next test starts another one."""
@@ -153,9 +158,9 @@ class ClusterTest(unittest.TestCase):
         batond knows it there."""
         other = "b" if host == "a" else "a"
         wait_until(lambda: not self.cluster.agents[other].holdings(), lambda: f"nothing of vm1 on host {other}, there is "
-                   f"{self.cluster.agents[other].holdings()}", 30, pause=0.1)
+                   f"{self.cluster.agents[other].holdings()}", 60, pause=0.1)
         wait_until(lambda: (self.cluster.vm() or {}).get("state") == "RUNNING" and self.cluster.host_of() == host,
-                   lambda: f"vm1 running on {host} by batond's account, which says {self.cluster.vm()}", 30, pause=0.1)
+                   lambda: f"vm1 running on {host} by batond's account, which says {self.cluster.vm()}", 60, pause=0.1)
         agent = self.cluster.agents[host]
         self.assertEqual((len(agent.qemus("vm1")), len(agent.shims("vm1"))), (1, 1))
         self.guest.wait_writes(20)

@@ -7,7 +7,7 @@ import time
 
 from .certificates import Authority
 from .guest import Guest
-from .lab import ROOT, LabError, wait_until
+from .lab import ROOT, LabError, listening, wait_until
 from .network import Loopback, Namespaces
 
 GUEST_MEMORY = "256MiB"
@@ -54,7 +54,7 @@ class StorageDaemon:
                         f"type=vhost-user-blk,id=disk{number},node-name=file{number},addr.type=unix,addr.path={path},"
                         "writable=on,num-queues=1"]
         self.process = self.cluster.lab.spawn(command, f"storage-{self.host}", host=self.host)
-        wait_until(lambda: all(os.path.exists(path) for path, _ in disks) or self.process.poll() is not None,
+        wait_until(lambda: all(listening(path) for path, _ in disks) or self.process.poll() is not None,
                    f"storage daemon {self.host}")
         if self.process.poll() is not None:
             raise LabError(f"qemu-storage-daemon ended, see logs/{self.cluster.lab.name}/storage-{self.host}.log")
@@ -92,7 +92,7 @@ class LabStorage:
         for number, (path, control, image) in enumerate(sockets):
             words = [program, "--socket", path, "--image", image, "--control", control, *self.options]
             self.processes.append(self.cluster.lab.spawn(words, f"storage-{self.host}-{number}", host=self.host))
-        wait_until(lambda: all(os.path.exists(path) for path, _, _ in sockets) and self.answers(), f"lab device {self.host}")
+        wait_until(lambda: all(listening(path) for path, _, _ in sockets) and self.answers(), f"lab device {self.host}")
 
     def answers(self):
         try:
@@ -342,7 +342,7 @@ class Cluster:
             return None
         return json.loads(result.stdout) if result.returncode == 0 and result.stdout else None
 
-    def wait_hosts(self, names=HOSTS, timeout=30):
+    def wait_hosts(self, names=HOSTS, timeout=60):
         def connected():
             hosts = (self.get("hosts") or {}).get("hosts", [])
             return {host["name"].split("/")[1] for host in hosts if host.get("connected")} >= set(names)

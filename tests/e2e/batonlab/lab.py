@@ -30,6 +30,14 @@ def wait_until(condition, what, timeout=30.0, pause=0.02):
         time.sleep(pause)
 
 
+def listening(path):
+    """Whether somebody listens at that unix socket. Its file is there a moment before (bind, then listen)."""
+    with open("/proc/net/unix", encoding="utf-8", errors="replace") as sockets:
+        found = (line.rstrip("\n").split(None, 7) for line in sockets)
+        # Flags: __SO_ACCEPTCON.
+        return any(len(words) == 8 and words[3] == "00010000" and words[7] == path for words in found)
+
+
 class Found:
     """A process of a lab that this program may not have started itself."""
 

@@ -7,7 +7,7 @@ import struct
 import threading
 import time
 
-from .lab import LabError, wait_until
+from .lab import LabError, listening, wait_until
 
 OUR_MAC = bytes.fromhex("0200000000fe")
 OUR_IP = bytes([10, 88, 0, 1])
@@ -34,7 +34,8 @@ class NetDevice:
         self.process = self.cluster.lab.spawn(
             [program, "--net", "--mac", self.mac, "--socket", self.socket, "--control", self.control,
              *self.wire, *self.options], f"{self.name}-{self.host}", host=self.host)
-        wait_until(lambda: os.path.exists(self.socket) or self.process.poll() is not None, f"net device {self.host}")
+        wait_until(lambda: listening(self.socket) and listening(self.control) or self.process.poll() is not None,
+                   f"net device {self.host}")
         if self.process.poll() is not None:
             raise LabError(f"baton-lab-device ended, see the log {self.name}-{self.host}.log")
 

@@ -89,7 +89,7 @@ TEST_F(CtlTest, Migrate_Interrupted_SaysThatItGoesOn_Exits130) {
 }
 
 TEST_F(CtlTest, Migrate_TimeOver_Exits8) {
-  CtlResult r = Run({"migrate", "web1", "--to", "b", "--timeout", "200ms"});
+  CtlResult r = Run({"migrate", "web1", "--to", "b", "--timeout", "3s"});
   EXPECT_EQ(r.code, 8);
   EXPECT_THAT(r.err, HasSubstr("goes on"));
 }

@@ -35,7 +35,7 @@ struct Listener final : memory::HintListener {
   // True at the in-band stop, false if the session was lost or nothing came.
   bool Await() {
     std::unique_lock lock(mutex);
-    return changed.wait_for(lock, seconds(30), [&] { return stopped || lost; }) && stopped;
+    return changed.wait_for(lock, seconds(60), [&] { return stopped || lost; }) && stopped;
   }
   memory::PageSet hinted;
   std::mutex mutex;
@@ -69,7 +69,7 @@ class LabBalloon : public testing::Test {
     device.queues = vhost::BalloonBackend::kQueues;
     device.queue_size = 4;  // less than there are blocks: the driver waits for room
     config.devices = {device};
-    auto guest = LabGuest::Create(std::move(config), {}, Deadline::After(seconds(20)));
+    auto guest = LabGuest::Create(std::move(config), {}, Deadline::After(seconds(60)));
     EXPECT_TRUE(guest.ok()) << guest.status();
     if (guest.ok()) guest_ = *std::move(guest);
   }
@@ -80,7 +80,7 @@ class LabBalloon : public testing::Test {
   }
   // The first session once the guest's balloon runs.
   bool Ask(Listener& listener) {
-    const Deadline deadline = Deadline::After(seconds(20));
+    const Deadline deadline = Deadline::After(seconds(60));
     absl::Status asked = balloon_->Publish(listener);
     while (!asked.ok() && !deadline.Expired()) {
       std::this_thread::sleep_for(std::chrono::milliseconds(5));
@@ -97,7 +97,7 @@ class LabBalloon : public testing::Test {
 
 TEST_F(LabBalloon, NamesWhatIsFree_EachTimeItIsAsked) {
   ASSERT_NE(guest_, nullptr);
-  ASSERT_TRUE(guest_->Run(Deadline::After(seconds(20))).ok());
+  ASSERT_TRUE(guest_->Run(Deadline::After(seconds(60))).ok());
   for (int session = 0; session < 3; ++session) {
     Listener listener(kGuestBytes >> memory::kPageShift);
     ASSERT_TRUE(Ask(listener)) << session;
@@ -111,13 +111,13 @@ TEST_F(LabBalloon, StoppedGuest_LosesTheSessionAndCanBeAskedLater) {
   ASSERT_NE(guest_, nullptr);
   Listener early(kGuestBytes >> memory::kPageShift);
   EXPECT_FALSE(balloon_->Publish(early).ok());
-  ASSERT_TRUE(guest_->Run(Deadline::After(seconds(20))).ok());
+  ASSERT_TRUE(guest_->Run(Deadline::After(seconds(60))).ok());
   Listener first(kGuestBytes >> memory::kPageShift);
   ASSERT_TRUE(Ask(first));
   balloon_->Finish();
-  ASSERT_TRUE(guest_->Pause(Deadline::After(seconds(20))).ok());
+  ASSERT_TRUE(guest_->Pause(Deadline::After(seconds(60))).ok());
   EXPECT_FALSE(balloon_->Publish(early).ok());
-  ASSERT_TRUE(guest_->Run(Deadline::After(seconds(20))).ok());
+  ASSERT_TRUE(guest_->Run(Deadline::After(seconds(60))).ok());
   Listener second(kGuestBytes >> memory::kPageShift);
   ASSERT_TRUE(Ask(second));
   EXPECT_EQ(second.hinted.Count(), kFreedBytes >> memory::kPageShift);

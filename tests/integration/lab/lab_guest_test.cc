@@ -9,6 +9,7 @@
 
 #include "agent/vmm/qmp/qmp_driver.h"
 #include "common/unix_socket.h"
+#include "tests/integration/shim/real_peers.h"
 #include "tests/lab/vm/harness.h"
 
 namespace baton::lab {
@@ -18,7 +19,7 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 using testing::HasSubstr;
 
-Deadline Soon() { return Deadline::After(seconds(20)); }
+Deadline Soon() { return Deadline::After(seconds(60)); }
 
 std::string Bin(const std::string& name) { return std::string(BATON_BINARY_DIR) + "/bin/" + name; }
 
@@ -206,17 +207,11 @@ class LabProgramTest : public testing::Test {
     launch.log_path = run + "/log";
     return vmm::QmpDriver::Launch(std::move(launch), Soon());
   }
-  // The last line of a host's console with `word`, once it is there.
+  // The first line of a host's console with `word`, once it is there.
   std::string Heard(const std::string& host, const std::string& word) {
-    for (Deadline deadline = Soon(); !deadline.Expired(); ::usleep(2000)) {
-      std::ifstream log(dir_ + "/" + host + "/console.log");
-      std::string found;
-      for (std::string line; std::getline(log, line);) {
-        if (line.find(word) != std::string::npos) found = line;
-      }
-      if (!found.empty()) return found;
-    }
-    return "";
+    auto line = test::GrowingFile(dir_ + "/" + host + "/console.log").WaitFor(word, Soon());
+    EXPECT_TRUE(line.ok()) << line.status();
+    return line.value_or("");
   }
   void Type(const std::string& host, char key) {
     auto console = ConnectUnix(vmm::ConsoleSocketPath(dir_ + "/" + host), Soon());

@@ -12,7 +12,8 @@
 
 namespace baton::vmm {
 
-inline constexpr auto kSoon = std::chrono::seconds(30);
+// A daemon that starts asks every QEMU of its host what it can.
+inline constexpr auto kSoon = std::chrono::seconds(90);
 
 // A libvirtd of its own; everything in it ends with the object.
 class LibvirtHost {

@@ -16,8 +16,8 @@ namespace {
 using std::chrono::seconds;
 using testing::HasSubstr;
 
-Deadline Soon() { return Deadline::After(seconds(30)); }
-Deadline Boot() { return Deadline::After(seconds(90)); }
+Deadline Soon() { return Deadline::After(seconds(60)); }
+Deadline Boot() { return Deadline::After(seconds(120)); }
 
 class DeviceTest : public testing::Test {
  protected:

@@ -7,8 +7,8 @@
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 
-#include <atomic>
 #include <filesystem>
+#include <mutex>
 #include <thread>
 
 #include "agent/migration/journal.h"
@@ -46,8 +46,11 @@ class PeerPort {
     thread_.join();
   }
   const std::string& address() const { return address_; }
-  // Connections go to this host's shim from now on; null: they are closed.
-  void Serve(ShimHost* host) { host_ = host; }
+  // Connections go to this host's shim from now on; null: they are closed. What was on its way has arrived.
+  void Serve(ShimHost* host) {
+    std::lock_guard lock(mutex_);
+    host_ = host;
+  }
 
  private:
   void Run() {
@@ -57,16 +60,17 @@ class PeerPort {
       if (items[1].revents != 0) return;
       UniqueFd fd(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
       auto preamble = stream::ReadPreamble(fd.get(), Deadline::After(seconds(5)));
-      ShimHost* host = host_;
-      if (!preamble.ok() || host == nullptr) continue;
+      if (!preamble.ok()) continue;
       v1::ShimRequest request;
       request.mutable_accept_channel()->set_preamble(preamble->data(), preamble->size());
-      (void)host->Call(request, seconds(5), fd.get());
+      std::lock_guard lock(mutex_);
+      if (host_ != nullptr) (void)host_->Call(request, seconds(20), fd.get());
     }
   }
   UniqueFd stop_, listener_;
   std::string address_;
-  std::atomic<ShimHost*> host_{nullptr};
+  std::mutex mutex_;
+  ShimHost* host_ = nullptr;  // guarded by mutex_
   std::thread thread_;
 };
 
@@ -322,6 +326,9 @@ TEST_F(MigrationTest, SilentBackend_DrainTimesOutAndTheGuestGoesOn) {
   a_->disk().Signal(SIGCONT);
   ExpectWrites(*a_);
   ExpectChecked(*a_);
+  auto destination = WaitDone(*b_, "drain");
+  ASSERT_TRUE(destination.ok()) << destination.status();
+  EXPECT_EQ(destination->handover(), v1::REFUSED);
   EXPECT_FALSE(QemuAlive(*b_));
 }
 

@@ -19,7 +19,7 @@ namespace {
 using std::chrono::seconds;
 using testing::HasSubstr;
 
-Deadline Soon() { return Deadline::After(seconds(20)); }
+Deadline Soon() { return Deadline::After(seconds(60)); }
 
 class QmpDriverTest : public testing::Test {
  protected:

@@ -107,7 +107,7 @@ absl::Status ShimHost::StartShim(const v1::ShimConfig& config, const std::string
   ASSIGN_OR_RETURN(Process process, Process::Spawn(options));
   shim_.emplace(std::move(process));
   std::string socket = run_dir_ + "/shim.sock";
-  absl::Status listening = AwaitListener(socket, shim_->pidfd(), Deadline::After(seconds(20)));
+  absl::Status listening = AwaitListener(socket, shim_->pidfd(), Deadline::After(seconds(60)));
   if (!listening.ok()) return Annotate(listening, ShimLog());
   ControlClient::Handlers handlers;
   handlers.on_event = [this](const v1::ShimReply& event) {
@@ -122,8 +122,8 @@ absl::Status ShimHost::StartShim(const v1::ShimConfig& config, const std::string
     changed_.notify_all();
   };
   ASSIGN_OR_RETURN(control_,
-                   ControlClient::Connect(socket, std::move(handlers), Deadline::After(seconds(5))));
-  return control_->Subscribe(Deadline::After(seconds(5)));
+                   ControlClient::Connect(socket, std::move(handlers), Deadline::After(seconds(60))));
+  return control_->Subscribe(Deadline::After(seconds(60)));
 }
 
 absl::Status ShimHost::WaitPause(const std::string& point, Deadline deadline) {

@@ -17,10 +17,10 @@ namespace {
 using std::chrono::seconds;
 using testing::HasSubstr;
 
-Deadline Soon() { return Deadline::After(seconds(30)); }
+Deadline Soon() { return Deadline::After(seconds(60)); }
 
 // Guests boot slowly under TCG on a machine that does other things, too.
-Deadline Boot() { return Deadline::After(seconds(90)); }
+Deadline Boot() { return Deadline::After(seconds(120)); }
 
 class ShimTest : public testing::Test {
  protected:

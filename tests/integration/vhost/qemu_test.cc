@@ -23,7 +23,7 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::seconds;
 
-Deadline Soon() { return Deadline::After(seconds(20)); }
+Deadline Soon() { return Deadline::After(seconds(60)); }
 
 // A host: back-end, mediator, guest memory, QEMU.
 struct Side {
@@ -139,7 +139,7 @@ class QemuMediator : public ::testing::Test {
     ASSERT_NO_FATAL_FAILURE(Launch(side, "a", false, iops));
     absl::Status status = side.driver->Start(Soon());
     ASSERT_TRUE(status.ok()) << status;
-    auto ready = side.console->out.WaitFor("READY", Deadline::After(seconds(60)));
+    auto ready = side.console->out.WaitFor("READY", Deadline::After(seconds(120)));
     ASSERT_TRUE(ready.ok()) << ready.status();
   }
 
@@ -152,8 +152,14 @@ class QemuMediator : public ::testing::Test {
     }
   }
 
+  // The guest may go on before the mediator has sent the last message to the back-end and says so.
+  void ExpectReconnects(uint32_t count) {
+    EXPECT_TRUE(Eventually([&] { return a_.mediator->Describe().reconnects() == count; }, Soon().Left()))
+        << a_.mediator->Describe().ShortDebugString();
+  }
+
   void ExpectChecked(Side& side) {
-    auto result = side.console->Ask("q", "RESULT", Deadline::After(seconds(60)));
+    auto result = side.console->Ask("q", "RESULT", Deadline::After(seconds(120)));
     ASSERT_TRUE(result.ok()) << result.status();
     EXPECT_EQ(NumberIn(*result, "errors"), 0u) << *result;
   }
@@ -210,14 +216,14 @@ TEST_F(QemuMediator, SilentBackendEndsTheStopAtItsBoundAndTheGuestGoesOn) {
     auto began = Clock::now();
     auto frozen = a_.driver->Freeze(Soon());
     ASSERT_TRUE(frozen.ok()) << frozen.status();
-    EXPECT_LT(Clock::now() - began, seconds(2));
+    EXPECT_LT(Clock::now() - began, seconds(15));
     auto state = a_.mediator->CollectState(Soon());
     ASSERT_FALSE(state.ok());
     EXPECT_EQ(ReasonOf(state.status()), v1::DRAIN_TIMEOUT) << state.status();
     EXPECT_NE(a_.mediator->Describe().message(), "");
     began = Clock::now();
     ASSERT_TRUE(a_.driver->Resume(Soon()).ok());
-    EXPECT_LT(Clock::now() - began, seconds(2));
+    EXPECT_LT(Clock::now() - began, seconds(15));
     ASSERT_TRUE(a_.mediator->DisarmStop().ok());
     a_.qsd->Signal(SIGCONT);
     ASSERT_NO_FATAL_FAILURE(ExpectRuns(a_));
@@ -232,21 +238,23 @@ TEST_F(QemuMediator, SlowBackendEndsTheStopAtItsBoundAndTheGuestGoesOn) {
   ASSERT_NO_FATAL_FAILURE(ExpectRuns(a_));
   a_.qsd->Kill();
   ASSERT_NO_FATAL_FAILURE(StartQsd(a_, /*iops=*/2));
-  ASSERT_TRUE(Eventually([&] { return a_.mediator->Describe().reconnects() == 1; }, seconds(10)))
-      << a_.mediator->Describe().message();
+  ExpectReconnects(1);
   ASSERT_TRUE(a_.mediator->StartLogging(Soon()).ok());
-  ASSERT_TRUE(a_.mediator->ArmStop(milliseconds(50)).ok());
-  auto frozen = a_.driver->Freeze(Soon());
-  ASSERT_TRUE(frozen.ok()) << frozen.status();
-  auto state = a_.mediator->CollectState(Soon());
-  ASSERT_FALSE(state.ok());
+  absl::StatusOr<v1::DeviceState> state = v1::DeviceState();
+  // A guest that has not got to it yet has nothing in flight; that stop ends well.
+  for (const Deadline deadline = Soon(); state.ok() && !deadline.Expired();) {
+    ASSERT_TRUE(a_.mediator->ArmStop(milliseconds(50)).ok());
+    auto frozen = a_.driver->Freeze(Soon());
+    ASSERT_TRUE(frozen.ok()) << frozen.status();
+    state = a_.mediator->CollectState(Soon());
+    ASSERT_TRUE(a_.driver->Resume(Soon()).ok());
+    ASSERT_TRUE(a_.mediator->DisarmStop().ok());
+  }
   EXPECT_EQ(ReasonOf(state.status()), v1::DRAIN_TIMEOUT) << state.status();
-  ASSERT_TRUE(a_.driver->Resume(Soon()).ok());
-  ASSERT_TRUE(a_.mediator->DisarmStop().ok());
   ASSERT_TRUE(a_.mediator->StopLogging(Soon()).ok());
   // With a longer bound it drains.
-  ASSERT_TRUE(a_.mediator->ArmStop(seconds(10)).ok());
-  frozen = a_.driver->Freeze(Soon());
+  ASSERT_TRUE(a_.mediator->ArmStop(seconds(40)).ok());
+  auto frozen = a_.driver->Freeze(Soon());
   ASSERT_TRUE(frozen.ok()) << frozen.status();
   state = a_.mediator->CollectState(Soon());
   ASSERT_TRUE(state.ok()) << state.status();
@@ -265,7 +273,7 @@ TEST_F(QemuMediator, KilledBackendIsReplacedUnderTheRunningGuest) {
     a_.qsd->Kill();
     ASSERT_NO_FATAL_FAILURE(StartQsd(a_));
     ASSERT_NO_FATAL_FAILURE(ExpectRuns(a_));
-    EXPECT_EQ(a_.mediator->Describe().reconnects(), round);
+    ExpectReconnects(round);
   }
   ExpectChecked(a_);
 }
@@ -310,8 +318,8 @@ TEST_F(QemuMediator, DeviceMovesToAnotherBackend) {
   a_.driver->Kill();
   ASSERT_TRUE(b_.driver->Start(Soon()).ok());
   ASSERT_NO_FATAL_FAILURE(ExpectRuns(b_));
-  absl::Status expected = b_.mediator->CheckExpected();
-  EXPECT_TRUE(expected.ok()) << expected;
+  EXPECT_TRUE(Eventually([&] { return b_.mediator->CheckExpected().ok(); }, Soon().Left()))
+      << b_.mediator->CheckExpected();
   ExpectChecked(b_);
 }
 
@@ -348,7 +356,7 @@ TEST_F(QemuMediator, LabDeviceKilledAtAnyPointLosesNothing) {
     ASSERT_TRUE(ended.ok()) << point << ": " << ended.status();
     ASSERT_NO_FATAL_FAILURE(StartQsd(a_));
     ASSERT_NO_FATAL_FAILURE(ExpectRuns(a_));
-    EXPECT_EQ(a_.mediator->Describe().reconnects(), ++round);
+    ExpectReconnects(++round);
   }
   ExpectChecked(a_);
   auto records = lab::ReadJournal(image_ + ".log");

@@ -12,8 +12,8 @@ namespace {
 
 using std::chrono::seconds;
 
-constexpr auto kBoot = seconds(30);
-constexpr auto kSoon = seconds(20);
+constexpr auto kBoot = seconds(120);
+constexpr auto kSoon = seconds(60);
 
 class UmlMediator : public ::testing::Test {
  protected:

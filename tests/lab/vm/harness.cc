@@ -19,7 +19,7 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::seconds;
 
-constexpr Duration kStep = seconds(20);
+constexpr Duration kStep = seconds(60);
 constexpr size_t kConsoleLines = 40;
 
 Deadline Soon() { return Deadline::After(kStep); }
@@ -179,6 +179,10 @@ absl::Status Harness::StartMediator(bool returns) {
     auto layout = vhost::LayoutFor(regions, *ram);
     if (layout.ok()) (void)ram->SetLayout(*std::move(layout));
   };
+  callbacks.on_change = [this](const v1::Device&) {
+    std::lock_guard lock(mutex_);
+    told_.notify_all();
+  };
   ASSIGN_OR_RETURN(mediator_, vhost::Mediator::Start(std::move(options), std::move(callbacks)));
   return absl::OkStatus();
 }
@@ -234,9 +238,18 @@ absl::Status Harness::Move(bool handoff) {
   old_mediator.reset();
   if (old_backend) old_backend->Kill();
   RETURN_IF_ERROR(driver_->Start(Soon()));
-  RETURN_IF_ERROR(mediator_->CheckExpected());
+  RETURN_IF_ERROR(AwaitExpected());
   std::filesystem::remove(from, error);
   return AwaitWrites(1);
+}
+
+// The VMM may have its answers before the mediator says what it made of them.
+absl::Status Harness::AwaitExpected() {
+  std::unique_lock lock(mutex_);
+  absl::Status expected;
+  told_.wait_until(lock, Soon().when(),
+                   [&] { return !absl::IsUnavailable(expected = mediator_->CheckExpected()); });
+  return expected;
 }
 
 absl::Status Harness::Swap(v1::InflightAnswer inflight) {

@@ -3,6 +3,7 @@
 // process.
 #pragma once
 
+#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -99,6 +100,7 @@ class Harness {
   std::string VmmSocket() const { return fmt::format("{}/vmm{}.sock", dir_, generation_); }
   std::string Memory() const { return fmt::format("{}/ram{}", dir_, generation_); }
   absl::Status MakeMemory(bool existing);
+  absl::Status AwaitExpected();
   void Say(const std::string& line);
 
   const HarnessOptions options_;
@@ -110,6 +112,7 @@ class Harness {
   std::unique_ptr<vhost::Mediator> mediator_;
   std::unique_ptr<LabGuestDriver> driver_;
   mutable std::mutex mutex_;
+  std::condition_variable told_;      // by the mediator, of a change
   std::vector<std::string> console_;  // guarded by mutex_
 };
 

@@ -52,7 +52,7 @@ BackendThread::~BackendThread() {
 }
 
 bool BackendThread::AwaitFetched(uint64_t n) {
-  return backend_->Command({{"cmd", "wait"}, {"counter", "fetched"}, {"at_least", n}, {"timeout_ms", 5000}})
+  return backend_->Command({{"cmd", "wait"}, {"counter", "fetched"}, {"at_least", n}, {"timeout_ms", 30000}})
       .value("ok", false);
 }
 
@@ -116,7 +116,7 @@ absl::StatusOr<uint32_t> FakeVmm::GetBase(uint32_t index) {
 
 bool FakeVmm::Closed() {
   pollfd p{connection_.fd(), POLLIN, 0};
-  return ::poll(&p, 1, 3000) == 1 && !Receive().ok();
+  return ::poll(&p, 1, Soon().PollTimeoutMs()) == 1 && !Receive().ok();
 }
 
 void FakeVmm::Negotiate(uint64_t less_protocol) {
@@ -229,17 +229,27 @@ MediatorOptions MediatorFixture::Options() {
 void MediatorFixture::StartMediator() { StartMediator(Options()); }
 
 void MediatorFixture::StartMediator(MediatorOptions options) {
-  auto mediator = Mediator::Start(std::move(options), {});
+  MediatorCallbacks callbacks;
+  callbacks.on_change = [this](const v1::Device&) {
+    std::lock_guard lock(change_mutex_);
+    device_changed_.notify_all();
+  };
+  auto mediator = Mediator::Start(std::move(options), std::move(callbacks));
   ASSERT_TRUE(mediator.ok()) << mediator.status();
   mediator_ = std::move(*mediator);
 }
 
+bool MediatorFixture::AwaitDevice(const std::function<bool(const v1::Device&)>& wanted) {
+  std::unique_lock lock(change_mutex_);
+  return device_changed_.wait_until(lock, Soon().when(), [&] { return wanted(mediator_->Describe()); });
+}
+
 bool MediatorFixture::Becomes(v1::Device::State state) {
-  for (Deadline deadline = Soon(); !deadline.Expired();) {
-    if (mediator_->Describe().state() == state) return true;
-    ::poll(nullptr, 0, 2);
-  }
-  return false;
+  return AwaitDevice([state](const v1::Device& device) { return device.state() == state; });
+}
+
+bool MediatorFixture::AwaitReconnects(uint32_t count) {
+  return AwaitDevice([count](const v1::Device& device) { return device.reconnects() == count; });
 }
 
 }  // namespace baton::vhost

@@ -5,7 +5,10 @@
 #include <gtest/gtest.h>
 #include <sys/eventfd.h>
 
+#include <condition_variable>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 
@@ -17,7 +20,7 @@
 
 namespace baton::vhost {
 
-inline Deadline Soon() { return Deadline::After(std::chrono::seconds(5)); }
+inline Deadline Soon() { return Deadline::After(std::chrono::seconds(30)); }
 
 // What tests of the mediator want of a lab device: split rings, as plain as FakeVmm drives them.
 struct BackendOptions {
@@ -111,8 +114,13 @@ class MediatorFixture : public ::testing::Test {
   MediatorOptions Options();
   void StartMediator();
   void StartMediator(MediatorOptions options);
+  // Waits until the mediator says so of its device.
+  bool AwaitDevice(const std::function<bool(const v1::Device&)>& wanted);
   bool Becomes(v1::Device::State state);
+  bool AwaitReconnects(uint32_t count);
 
+  std::mutex change_mutex_;
+  std::condition_variable device_changed_;  // by the mediator, of a change
   std::string dir_;
   std::unique_ptr<BackendThread> backend_;
   std::unique_ptr<memory::GuestRam> ram_;

@@ -32,17 +32,15 @@ class MediatorRecovery : public MediatorFixture {
       ASSERT_TRUE(vmm_->AwaitUsed(static_cast<uint16_t>(i + 1)));
     }
     StartBackend({.inflight = true, .delay_us = kSlow});
-    for (int i = 0; i < 2000 && mediator_->Describe().reconnects() == 0; ++i) ::usleep(1000);
-    ASSERT_EQ(mediator_->Describe().reconnects(), 1u);
+    ASSERT_TRUE(AwaitReconnects(1));
     for (uint16_t i = 0; i < 4; ++i) vmm_->Submit(i, true, i, static_cast<uint8_t>(10 + i));
     ASSERT_TRUE(AwaitInFlight(4));
   }
   // The flags of the region's entries, by the file that the mediator keeps.
   bool AwaitInFlight(int n) {
-    for (Deadline deadline = Soon(); !deadline.Expired(); ::usleep(1000)) {
-      if (InFlight() == n) return true;
-    }
-    return false;
+    // A back-end writes there without telling anybody.
+    for (const Deadline deadline = Soon(); InFlight() != n && !deadline.Expired();) std::this_thread::yield();
+    return InFlight() == n;
   }
   int InFlight() const {
     UniqueFd fd(::open((dir_ + "/disk0.inflight-1").c_str(), O_RDONLY | O_CLOEXEC));
@@ -188,8 +186,7 @@ TEST_F(MediatorRecovery, ErrorsOfTheBackendBecomeEventsAndReachTheVmm) {
   ASSERT_NO_FATAL_FAILURE(vmm_->StartRing());
   EXPECT_EQ(mediator_->Describe().events(), 0u);
   auto events = [&](uint64_t n) {
-    for (Deadline deadline = Soon(); mediator_->Describe().events() < n && !deadline.Expired();)
-      ::usleep(2000);
+    (void)AwaitDevice([n](const v1::Device& device) { return device.events() >= n; });
     return mediator_->Describe().events();
   };
   vmm_->Submit(0, true, 0, 1);

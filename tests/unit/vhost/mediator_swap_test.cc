@@ -215,7 +215,7 @@ TEST_F(MediatorSwap, NotDuringAMigration) {
 TEST_F(MediatorSwap, ADeadBackendIsReplacedWithWhatItHadInFlight) {
   Begin({.inflight = true, .delay_us = 2000000});
   for (uint16_t i = 0; i < 5; ++i) vmm_->Submit(i, true, i, 1);
-  ::usleep(20000);
+  ASSERT_TRUE(backend_->AwaitFetched(5));
   backend_.reset();
   ASSERT_TRUE(Becomes(v1::Device::BACKEND_LOST));
   StartOther({.inflight = true});

@@ -166,10 +166,8 @@ TEST_F(MediatorTest, LogHasTheWritesOfTheBackendAndNothingElse) {
   vmm_->Submit(1, false, 0);
   ASSERT_TRUE(vmm_->AwaitUsed(2));
   // Used ring, data and status; logged before or just after used->idx.
-  for (int i = 0; i < 100 && pages[0].Count() < 2; ++i) {
+  for (const Deadline deadline = Soon(); pages[0].Count() < 2 && !deadline.Expired();)
     ASSERT_TRUE(mediator_->HarvestLog(pages).ok());
-    ::usleep(1000);
-  }
   EXPECT_EQ(pages[0].Count(), 2u);
   EXPECT_TRUE(pages[0].Test(FakeVmm::kUsed / 4096));
   EXPECT_TRUE(pages[0].Test((FakeVmm::kBuffers + 0x1000) / 4096));
@@ -179,8 +177,7 @@ TEST_F(MediatorTest, LogHasTheWritesOfTheBackendAndNothingElse) {
   ASSERT_TRUE(vmm_->Receive().ok());
   // A back-end that dies makes everything dirty.
   StartBackend();
-  ASSERT_TRUE(Becomes(v1::Device::ACTIVE));
-  for (int i = 0; i < 1000 && mediator_->Describe().reconnects() == 0; ++i) ::usleep(1000);
+  ASSERT_TRUE(AwaitReconnects(1));
   pages[0].Reset();
   ASSERT_TRUE(mediator_->HarvestLog(pages).ok());
   EXPECT_EQ(pages[0].Count(), pages[0].pages());
@@ -188,10 +185,8 @@ TEST_F(MediatorTest, LogHasTheWritesOfTheBackendAndNothingElse) {
   pages[0].Reset();
   vmm_->Submit(2, false, 0);
   ASSERT_TRUE(vmm_->AwaitUsed(3));
-  for (int i = 0; i < 100 && pages[0].Count() < 2; ++i) {
+  for (const Deadline deadline = Soon(); pages[0].Count() < 2 && !deadline.Expired();)
     ASSERT_TRUE(mediator_->HarvestLog(pages).ok());
-    ::usleep(1000);
-  }
   EXPECT_EQ(pages[0].Count(), 2u);
   ASSERT_TRUE(mediator_->StopLogging(Soon()).ok());
   ASSERT_TRUE(mediator_->StopLogging(Soon()).ok());
@@ -200,18 +195,17 @@ TEST_F(MediatorTest, LogHasTheWritesOfTheBackendAndNothingElse) {
 TEST_F(MediatorTest, InflightRequestsOfADeadBackendAreSubmittedAgain) {
   Begin({.inflight = true, .delay_us = 2000000});
   for (uint16_t i = 0; i < 5; ++i) vmm_->Submit(i, true, i, static_cast<uint8_t>(10 + i));
-  ::usleep(20000);
+  ASSERT_TRUE(backend_->AwaitFetched(5));
   StartBackend({.inflight = true});
   EXPECT_TRUE(vmm_->AwaitUsed(5)) << vmm_->UsedIndex() << mediator_->Describe().ShortDebugString();
   for (uint16_t i = 0; i < 5; ++i) EXPECT_EQ(*vmm_->At(FakeVmm::kBuffers + i * 0x1000 + 0x800), 0) << i;
-  for (int i = 0; i < 1000 && mediator_->Describe().reconnects() == 0; ++i) ::usleep(1000);
-  EXPECT_EQ(mediator_->Describe().reconnects(), 1u);
+  EXPECT_TRUE(AwaitReconnects(1)) << mediator_->Describe().ShortDebugString();
 }
 
 TEST_F(MediatorTest, WithoutRegionOutOfOrderRequestsAreHeldAndANewStartFreesTheDevice) {
   Begin({.delay_us = 2000000});
   for (uint16_t i = 0; i < 4; ++i) vmm_->Submit(i, true, i, 1);
-  ::usleep(20000);
+  ASSERT_TRUE(backend_->AwaitFetched(4));
   StartBackend();
   ASSERT_TRUE(Becomes(v1::Device::HELD)) << mediator_->Describe().ShortDebugString();
   EXPECT_THAT(mediator_->Describe().message(), testing::HasSubstr("in flight"));
