@@ -319,6 +319,7 @@ class Mediator::Impl {
   absl::Status StopForSwap(Deadline deadline);
   absl::Status StopRingForSwap(uint32_t index, Deadline deadline);
   // For back-ends that drain when they are left: leaves it, and waits until it speaks again.
+  absl::Status AwaitRead(int silence, Deadline deadline);
   absl::Status DrainByDisconnect(Deadline deadline);
   void ResumeAfterSwap();
   // Gives a ring that runs its own kick descriptor back.

@@ -199,16 +199,24 @@ absl::Status Mediator::Impl::StopForSwap(Deadline deadline) {
   }
   // Nobody tells it of requests any more.
   absl::Status status;
+  std::vector<Notifier> silences;
   for (uint32_t index : running) {
-    // Not empty: see StartVring.
-    Notifier silence{true, UniqueFd(::eventfd(1, EFD_CLOEXEC | EFD_NONBLOCK))};
-    if (!silence.fd) return ErrnoError(errno, "eventfd");
+    // Not empty: see StartVring. As full as it can be, so that it says when it was read.
+    Notifier silence{true, UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))};
+    const uint64_t full = UINT64_MAX - 1;
+    if (!silence.fd || ::write(silence.fd.get(), &full, sizeof full) != sizeof full)
+      return ErrnoError(errno, "eventfd");
     link_.vrings[index].kick_stale = true;
     status = SendNotifier(Request::kSetVringKick, index, silence);
     if (!status.ok()) break;
+    silences.push_back(std::move(silence));
   }
   if (status.ok() && !running.empty() && quirks_.drains_on_disconnect) {
-    status = DrainByDisconnect(deadline);
+    for (const Notifier& silence : silences) {
+      status = AwaitRead(silence.fd.get(), deadline);
+      if (!status.ok()) break;
+    }
+    if (status.ok()) status = DrainByDisconnect(deadline);
   } else if (status.ok()) {
     // libvhost-user closes the call descriptor at GET_VRING_BASE, and loses what it completes afterwards.
     // Without kicks it fetches nothing any more, so its region runs empty; kinds that poll their rings drain
@@ -235,6 +243,18 @@ absl::Status Mediator::Impl::StopForSwap(Deadline deadline) {
   }
   ResumeAfterSwap();
   return status;
+}
+
+// Until the back-end has handled the last kick that it gets. qemu-storage-daemon waits for the requests of a
+// connection that has ended, and aborts when a kick makes it fetch another one meanwhile (the assertion in
+// vhost_user_server_ref).
+absl::Status Mediator::Impl::AwaitRead(int silence, Deadline deadline) {
+  pollfd p[2] = {{silence, POLLOUT, 0}, {link_.frontend->fd(), POLLIN, 0}};
+  if (::poll(p, 2, deadline.PollTimeoutMs()) == 0)
+    return Error(v1::DRAIN_TIMEOUT, absl::StatusCode::kDeadlineExceeded,
+                 "its back-end did not read a notification in time");
+  return p[0].revents != 0 ? absl::OkStatus()
+                           : absl::UnavailableError("the back-end hung up while a ring drained");
 }
 
 absl::Status Mediator::Impl::StopRingForSwap(uint32_t index, Deadline deadline) {
