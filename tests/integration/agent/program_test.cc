@@ -27,7 +27,7 @@ namespace {
 using std::chrono::seconds;
 using ::testing::HasSubstr;
 
-Deadline Soon() { return Deadline::After(seconds(30)); }
+Deadline Soon() { return Deadline::After(seconds(60)); }
 
 class AgentProgram : public testing::Test {
  protected:

@@ -60,7 +60,7 @@ class FakeBatond final : public v1::AgentSession::Service {
   v1::AgentMessage Next(const std::function<bool(const v1::AgentMessage&)>& wanted) {
     std::unique_lock lock(mutex_);
     v1::AgentMessage found;
-    bool came = changed_.wait_for(lock, std::chrono::seconds(30), [&] {
+    bool came = changed_.wait_for(lock, std::chrono::seconds(60), [&] {
       while (!heard_.empty()) {
         v1::AgentMessage message = heard_.front();
         heard_.pop_front();
