@@ -345,7 +345,9 @@ bool DomainIncoming::Step() {
     case Condition::kPausedPostcopyFailed:
       // It came as it was, standing still; or post-copy waits for its connection.
       if (owner_since_) return Owned(view);
-      if (!view.job && seen_ && Connections() == 0) return Owned(view);
+      // libvirt keeps the job of the latter.
+      if ((!view.job || view.condition == Condition::kPausedPostcopyFailed) && seen_ && Connections() == 0)
+        return Owned(view);
       break;
     default:
       break;

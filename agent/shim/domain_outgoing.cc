@@ -301,8 +301,14 @@ void DomainOutgoing::Follow() {
 void DomainOutgoing::OnDomainEvent(const vmm::DomainEvent& event) {
   if (event.kind == vmm::DomainEvent::Kind::kMigrationIteration)
     return OnIteration(static_cast<uint64_t>(std::max(event.event, 0)));
-  if (event.kind != vmm::DomainEvent::Kind::kLifecycle || event.event != VIR_DOMAIN_EVENT_SUSPENDED) return;
+  if (event.kind != vmm::DomainEvent::Kind::kLifecycle) return;
+  if (event.event == VIR_DOMAIN_EVENT_RESUMED) was_paused_ = false;
+  if (event.event != VIR_DOMAIN_EVENT_SUSPENDED) return;
   switch (event.detail) {
+    case VIR_DOMAIN_EVENT_SUSPENDED_PAUSED:
+      // A guest that is paused while libvirt's job runs has been stopped "for the migration" instead.
+      was_paused_ |= call_active_ && !suspended_;
+      break;
     case VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED:
       suspended_ = true;
       reporter_.EnterPhase(v1::SWITCHOVER);

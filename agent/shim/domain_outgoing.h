@@ -126,7 +126,8 @@ class DomainOutgoing {
   vmm::JobFigures before_;  // at the last iteration
   uint64_t iteration_ = 0;
   bool call_active_ = false;
-  bool suspended_ = false;  // by the migration: its state may have left
+  bool suspended_ = false;   // by the migration: its state may have left
+  bool was_paused_ = false;  // by its user, before libvirt's job began
   bool postcopy_ = false;
   bool postcopy_asked_ = false;
   bool destination_ran_ = false;

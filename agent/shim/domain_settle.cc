@@ -126,6 +126,7 @@ vmm::SettlementInput DomainOutgoing::Look() {
     destination_ran_ = true;
   in.destination_ran = destination_ran_;
   in.call_active = call_active_;
+  in.was_paused = was_paused_;
   // A destination that has refused watched its own libvirt.
   in.destination_watched = watched || verdict == v1::REFUSED;
   in.source_suspended = SuspendedHere();

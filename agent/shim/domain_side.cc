@@ -8,6 +8,7 @@
 #include <chrono>
 #include <utility>
 
+#include "agent/vmm/libvirt/job.h"
 #include "common/durable_file.h"
 
 namespace baton::shim {
@@ -23,20 +24,12 @@ vmm::SideView LookAtDomain(vmm::LibvirtConnection& connection, const std::string
       [uuid, role](virConnectPtr c) -> absl::StatusOr<Look> {
         vmm::DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
         if (!domain) return vmm::LibvirtError("domain");
+        vmm::SideView out;
+        // First: what a job did before it ended must not be missed in the state of a domain without one.
+        out.job = vmm::AskMigrationJob(domain.get()) != vmm::MigrationJob::kNone;
         int state = 0, reason = 0;
         if (virDomainGetState(domain.get(), &state, &reason, 0) != 0) return vmm::LibvirtError("state");
-        vmm::SideView out;
         out.condition = vmm::ConditionOf(state, reason, role);
-        int type = 0, count = 0;
-        virTypedParameterPtr params = nullptr;
-        // Fails for a domain without a QEMU, which has no job.
-        if (virDomainGetJobStats(domain.get(), &type, &params, &count, 0) == 0) {
-          int operation = 0;
-          virTypedParamsGetInt(params, count, VIR_DOMAIN_JOB_OPERATION, &operation);
-          virTypedParamsFree(params, count);
-          out.job = type != VIR_DOMAIN_JOB_NONE && (operation == VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN ||
-                                                    operation == VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT);
-        }
         return Look(out, reason);
       },
       deadline);

@@ -7,6 +7,7 @@ import unittest
 
 from batonlab.case import ClusterTest
 from batonlab.cluster import summary
+from batonlab.faults import EITHER, LOST, MOVED, STAYED, add_cases
 from batonlab.lab import wait_until
 
 # Where the shims wait while the fault is injected: {phase: (side, pause point)}.
@@ -18,11 +19,6 @@ POINTS = {
     "loaded": ("destination", "loaded"),
     "owner": ("destination", "owner"),
 }
-
-MOVED = {("SUCCEEDED", "DESTINATION")}
-STAYED = {("FAILED", "SOURCE")}
-EITHER = MOVED | STAYED
-LOST = {("FAILED", "LOST")}
 
 # process → {point: what may come of it}. Killed batonds, agents and storage daemons are started again, as a service
 # manager would do. Both answers are right where it depends on which message was under way.
@@ -156,16 +152,7 @@ class Faults(ClusterTest):
         self.move(self.destination)
 
 
-def add_cases():
-    for process, points in MATRIX.items():
-        for point, allowed in points.items():
-            def test(self, process=process, point=point, allowed=allowed):
-                self.check(process, point, allowed)
-            test.__doc__ = f"{process} fails at {point}"
-            setattr(Faults, f"test_{process}_{point}", test)
-
-
-add_cases()
+add_cases(Faults, MATRIX, "fails")
 
 if __name__ == "__main__":
     unittest.main(argv=[sys.argv[0], "-v", *sys.argv[1:]])

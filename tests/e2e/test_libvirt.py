@@ -19,6 +19,8 @@ class Moves(LibvirtTest):
     """With what Debian has: libvirt 9.0 and QEMU 7.2."""
 
     CMDLINE = QUIET
+    # A second migration waits for the first.
+    BATOND = {"limits": {"outgoing_per_host": 1, "incoming_per_host": 1, "cluster": 1}}
 
     def findings(self, result):
         return json.loads(result.stdout).get("findings", [])
@@ -106,9 +108,7 @@ class Moves(LibvirtTest):
         self.have_guest()
         name = self.begin(point)
         self.cluster.ctl("cancel", name.split("/")[1], "--no-wait", check=False)
-        if point == "prepared":
-            self.go_on(name)
-        if end[0] != "CANCELLED":
+        if point in ("preparing", "prepared") or end[0] != "CANCELLED":
             self.go_on(name)
         ended = self.cluster.wait_ended(name)
         self.assertEqual((ended["phase"], ended["guest_location"], ended["reason"]), end, summary(ended))
@@ -116,6 +116,34 @@ class Moves(LibvirtTest):
         self.assert_runs_only(self.source if stayed else self.destination)
         self.move(self.destination if stayed else self.source)
         self.assert_clean()
+
+    def test_cancel_while_queued(self):
+        """As long as another migration has the only place."""
+        self.have_guest()
+        source = self.ends()[0]
+        other = "waiting"
+        guest = self.cluster.start_domain(source, other, persistent=False, memory=80, cmdline=QUIET)
+        try:
+            wait_until(lambda: self.cluster.vm(other), "batond to know the domain", 30)
+            first = self.begin("precopy")
+            second = self.cluster.migrate(self.destination, vm=other, wait=False)["name"]
+            self.assertEqual(self.cluster.migration(second)["phase"], "QUEUED", summary(self.cluster.migration(second)))
+            self.cluster.ctl("cancel", second.split("/")[1])
+            ended = self.cluster.wait_ended(second)
+            self.assertEqual((ended["phase"], ended["guest_location"], ended["reason"]),
+                             ("CANCELLED", "SOURCE", "CANCELLED_BY_REQUEST"), summary(ended))
+            self.assertEqual(self.cluster.runs_at(other), source)
+            guest.verify(go_on=False)
+            self.go_on(first)
+            ended = self.cluster.wait_ended(first)
+            self.assertEqual((ended["phase"], ended["guest_location"]), ("SUCCEEDED", "DESTINATION"), summary(ended))
+        finally:
+            for host in self.cluster.hosts.values():
+                host.virsh("destroy", other, check=False)
+        self.assert_runs_only(self.destination)
+
+    def test_cancel_while_preparing(self):
+        self.check_cancel("preparing", ("CANCELLED", "SOURCE", "CANCELLED_BY_REQUEST"))
 
     def test_cancel_before_libvirt_is_asked(self):
         self.check_cancel("prepared", ("CANCELLED", "SOURCE", "CANCELLED_BY_REQUEST"))

@@ -4,30 +4,27 @@ import sys
 import unittest
 
 from batonlab.cluster import summary
+from batonlab.faults import EITHER, LOST, MOVED, STAYED, add_cases
 from batonlab.lab import wait_until
-from batonlab.libvirt_case import VM, LibvirtTest
-
-STAYED = {("FAILED", "SOURCE")}
-MOVED = {("SUCCEEDED", "DESTINATION")}
-EITHER = STAYED | MOVED
-# The guest died with its VMM, and the record says so.
-LOST = {("FAILED", "LOST")}
+from batonlab.libvirt_case import SLOW, VM, LibvirtTest
 
 # What is killed (and started again where something starts it: libvirtd by the test, as its unit would; a shim by its
 # agent), at which moment (LibvirtTest.begin), and which ends are right.
 MATRIX = {
-    "batond": {"prepared": EITHER, "precopy": MOVED, "finish": MOVED, "confirm": MOVED},
-    "source_agent": {"prepared": EITHER, "precopy": MOVED, "finish": MOVED, "confirm": MOVED},
-    "destination_agent": {"prepared": EITHER, "precopy": MOVED, "finish": MOVED, "confirm": MOVED},
-    # Not at "finish": the destination's libvirtd would find, when it goes on, both the order to start the guest and the end of
-    # the connection. It starts the guest and then ends it, as it ends every guest whose migration lost its connection.
-    "source_libvirtd": {"prepared": EITHER, "precopy": STAYED, "switchover": EITHER, "confirm": MOVED},
-    "destination_libvirtd": {"prepared": EITHER, "precopy": STAYED, "finish": EITHER, "confirm": MOVED},
-    "source_shim": {"prepared": STAYED, "precopy": STAYED, "finish": EITHER, "confirm": MOVED},
-    "destination_shim": {"prepared": STAYED, "precopy": STAYED, "finish": EITHER, "confirm": MOVED},
-    "source_qemu": {"prepared": LOST, "precopy": LOST, "finish": MOVED | LOST, "confirm": MOVED},
-    "destination_qemu": {"precopy": STAYED, "finish": STAYED},
-    "virtlogd": {"precopy": MOVED},
+    "batond": {"prepared": EITHER, "precopy": MOVED, "switchover": MOVED, "finish": MOVED, "confirm": MOVED},
+    "source_agent": {"prepared": EITHER, "precopy": MOVED, "switchover": MOVED, "finish": MOVED, "confirm": MOVED},
+    "destination_agent": {"prepared": EITHER, "precopy": MOVED, "switchover": MOVED, "finish": MOVED, "confirm": MOVED},
+    # At "finish" the destination's libvirtd finds, when it goes on, both the order to start the guest and the end of the
+    # connection. It carries the order out first.
+    "source_libvirtd": {"prepared": EITHER, "precopy": STAYED, "switchover": EITHER, "finish": MOVED, "confirm": MOVED},
+    "destination_libvirtd": {"prepared": EITHER, "precopy": STAYED, "switchover": STAYED, "finish": EITHER,
+                             "confirm": MOVED},
+    "source_shim": {"prepared": STAYED, "precopy": STAYED, "switchover": EITHER, "finish": EITHER, "confirm": MOVED},
+    "destination_shim": {"prepared": STAYED, "precopy": STAYED, "switchover": EITHER, "finish": EITHER, "confirm": MOVED},
+    "source_qemu": {"prepared": LOST, "precopy": LOST, "switchover": MOVED | LOST, "finish": MOVED | LOST,
+                    "confirm": MOVED},
+    "destination_qemu": {"precopy": STAYED, "switchover": STAYED, "finish": STAYED, "confirm": LOST},
+    "virtlogd": {"precopy": MOVED, "finish": MOVED},
 }
 
 
@@ -85,11 +82,32 @@ class Faults(LibvirtTest):
             self.check_lost()
             return
         moved = end[0] == "SUCCEEDED"
-        # A definition that is shut off may be left where libvirt could not be asked whether the other end has one.
-        self.assert_runs_only(self.destination if moved else self.source, leftover_definition=True)
+        self.assert_runs_only(self.destination if moved else self.source)
         self.assert_clean()
         # The next migration works.
         self.move(self.source if moved else self.destination)
+        self.assertIs(guest, self.guest)
+
+    def test_paused_domain_whose_confirm_is_lost(self):
+        """Its user paused it when all was prepared. It has never run at the destination and is not to run: what is there
+        ends, and it stays as it was."""
+        guest = self.have_guest()
+        name = self.begin("prepared", SLOW)
+        libvirt = self.cluster.hosts[self.source]
+        libvirt.virsh("suspend", VM)
+        self.cluster.agents[self.source].release()
+        self.wait_precopy(name)
+        self.wait_finish(name, "paused (user)")
+        self.wait_confirm(name, "paused (user)")
+        libvirt.restart()
+        self.go_on(name)
+        ended = self.cluster.wait_ended(name, 90)
+        self.assertEqual((ended["phase"], ended["guest_location"]), ("FAILED", "PAUSED_SOURCE"), summary(ended))
+        self.assertTrue(libvirt.state(VM).startswith("paused"), self.cluster.states(VM))
+        libvirt.virsh("resume", VM)
+        self.assert_runs_only(self.source)
+        self.assert_clean()
+        self.move(self.destination)
         self.assertIs(guest, self.guest)
 
     def check_lost(self):
@@ -106,16 +124,7 @@ class Faults(LibvirtTest):
         self.move(self.destination)
 
 
-def add_cases():
-    for process, points in MATRIX.items():
-        for point, allowed in points.items():
-            def test(self, process=process, point=point, allowed=allowed):
-                self.check(process, point, allowed)
-            test.__doc__ = f"{process} is killed at {point}"
-            setattr(Faults, f"test_{process}_{point}", test)
-
-
-add_cases()
+add_cases(Faults, MATRIX, "is killed")
 
 if __name__ == "__main__":
     unittest.main(argv=[sys.argv[0], "-v", *sys.argv[1:]])

@@ -11,6 +11,7 @@
 #include <set>
 #include <thread>
 
+#include "agent/vmm/libvirt/job.h"
 #include "common/log.h"
 #include "common/vm_spec.h"
 
@@ -134,16 +135,6 @@ absl::StatusOr<DomainPtr> LookUp(virConnectPtr c, const std::string& uuid) {
   return domain;
 }
 
-bool IsIncoming(virDomainPtr domain) {
-  int type = 0, count = 0;
-  virTypedParameterPtr params = nullptr;
-  if (virDomainGetJobStats(domain, &type, &params, &count, 0) != 0) return false;
-  int operation = 0;
-  virTypedParamsGetInt(params, count, VIR_DOMAIN_JOB_OPERATION, &operation);
-  virTypedParamsFree(params, count);
-  return operation == VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN;
-}
-
 // `ran`: it was seen running here, so it is not on its way to here.
 absl::StatusOr<ReadDomain> Read(virConnectPtr c, const std::string& uuid, bool ran) {
   ASSIGN_OR_RETURN(DomainPtr domain, LookUp(c, uuid));
@@ -153,7 +144,8 @@ absl::StatusOr<ReadDomain> Read(virConnectPtr c, const std::string& uuid, bool r
   out.persistent = virDomainIsPersistent(domain.get()) == 1;
   // Both ends of a migration show a paused domain near its end. (The source's QEMU would be asked for its
   // figures, in the blackout.)
-  if (out.state == VIR_DOMAIN_PAUSED && !ran) out.incoming = IsIncoming(domain.get());
+  if (out.state == VIR_DOMAIN_PAUSED && !ran)
+    out.incoming = AskMigrationJob(domain.get()) == MigrationJob::kIncoming;
   std::unique_ptr<char, decltype(&std::free)> xml(virDomainGetXMLDesc(domain.get(), 0), &std::free);
   if (!xml) return LibvirtError("XML");
   out.xml = xml.get();

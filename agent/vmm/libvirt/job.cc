@@ -84,6 +84,19 @@ absl::StatusOr<JobFigures> AskJob(virDomainPtr domain, bool completed) {
   return out;
 }
 
+MigrationJob AskMigrationJob(virDomainPtr domain) {
+  auto job = AskJob(domain, false);
+  if (!job.ok()) {
+    // "migration statistics are available only on the source host" (libvirt 9.0 to 11.3). A domain without a
+    // QEMU, which has no job, is VIR_ERR_OPERATION_INVALID.
+    return virGetLastErrorCode() == VIR_ERR_OPERATION_UNSUPPORTED ? MigrationJob::kIncoming
+                                                                  : MigrationJob::kNone;
+  }
+  if (job->type == VIR_DOMAIN_JOB_NONE) return MigrationJob::kNone;
+  if (job->operation == VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN) return MigrationJob::kIncoming;
+  return job->outgoing() ? MigrationJob::kOutgoing : MigrationJob::kNone;
+}
+
 void FillProgress(const JobFigures& job, v1::Progress* progress) {
   v1::ByteCounts* bytes = progress->mutable_bytes();
   bytes->set_data(job.normal_bytes + job.disk_processed);

@@ -322,10 +322,12 @@ Settlement Decide(const SettlementInput& in) {
   const DestinationCopy d = DestinationOf(in);
   // A source that runs and has nothing under way will not stop by itself, whatever the destination is about
   // to do.
-  const bool busy = in.call_active || in.source.job || in.destination.job;
-  const bool both_run =
-      s == SourceCopy::kRuns && !in.call_active && !in.source.job && d == DestinationCopy::kRuns;
+  const bool both_run = s == SourceCopy::kRuns && !in.call_active && !in.source.job &&
+                        (d == DestinationCopy::kRuns || d == DestinationCopy::kPostcopy ||
+                         d == DestinationCopy::kPostcopyFailed);
   // libvirt keeps the job of a broken post-copy, for the call that recovers it.
+  const bool busy =
+      in.call_active || in.source.job || (in.destination.job && d != DestinationCopy::kPostcopyFailed);
   const bool broken =
       s == SourceCopy::kPostcopyFailed && d == DestinationCopy::kPostcopyFailed && !in.call_active;
   if (busy && !both_run && !broken) return Make(Action::kWait, Meanwhile(s, d), "libvirt is at work");

@@ -73,6 +73,7 @@ class LibvirtTest(ClusterTest):
     def begin(self, point, options=()):
         """Starts a migration and holds it at a moment; returns its name.
 
+        preparing   the destination is about to say that it is ready
         prepared    Baton has checked and prepared both ends, libvirt has not been asked yet
         precopy     QEMU copies memory, slowly
         switchover  the source's QEMU has stopped the guest, and the source's libvirtd does nothing more
@@ -82,11 +83,12 @@ class LibvirtTest(ClusterTest):
         """
         self.source, self.destination = self.ends()
         self.held = []
-        if point == "prepared":
-            self.cluster.agents[self.source].set_pause("source-prepared")
+        if point in ("preparing", "prepared"):
+            host, pause = (self.destination, "prepared") if point == "preparing" else (self.source, "source-prepared")
+            agent = self.cluster.agents[host]
+            agent.set_pause(pause)
             name = self.migrate(self.destination, wait=False, options=options)["name"]
-            wait_until(lambda: self.cluster.agents[self.source].paused_at("source-prepared"),
-                       lambda: f"pause point source-prepared of {self.describe(name)}", 30)
+            wait_until(lambda: agent.paused_at(pause), lambda: f"pause point {pause} of {self.describe(name)}", 30)
             return name
         name = self.migrate(self.destination, wait=False, options=(*options, *SLOW))["name"]
         self.wait_precopy(name)
@@ -97,19 +99,27 @@ class LibvirtTest(ClusterTest):
             self.wait_state(self.source, "paused (migrating)", name)
             self.hold("libvirtd", self.source)
             return name
+        self.wait_finish(name, "paused (migrating)")
+        if point == "confirm":
+            self.wait_confirm(name, "running (migrated)")
+        return name
+
+    def wait_finish(self, name, source):
+        """From pre-copy to the moment "finish"; `source`: how the guest stands still there."""
         self.hold("libvirtd", self.destination)
         self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited")
-        self.wait_state(self.source, "paused (migrating)", name)
+        self.wait_state(self.source, source, name)
         # The guest's last state is sent after it was stopped. What libvirt tells the other daemon after that has an XML
         # document in it; everything else that it has not read yet is small.
         libvirt = self.cluster.hosts[self.destination]
         wait_until(lambda: not libvirt.connected("/vmm") and libvirt.unread() > 300,
                    lambda: f"the end of QEMU's part of {self.describe(name)}; {libvirt.unread()} bytes unread", 30)
-        if point == "confirm":
-            self.hold("baton-shim", self.source)
-            self.let_go("libvirtd", self.destination)
-            self.wait_state(self.destination, "running (migrated)", name)
-        return name
+
+    def wait_confirm(self, name, destination):
+        """From there to the moment "confirm"; `destination`: how the guest is there."""
+        self.hold("baton-shim", self.source)
+        self.let_go("libvirtd", self.destination)
+        self.wait_state(self.destination, destination, name)
 
     def wait_precopy(self, name):
         """Until libvirt's job is under way."""
@@ -155,7 +165,8 @@ class LibvirtTest(ClusterTest):
     def go_on(self, name):
         """What begin() held goes on."""
         self.let_go()
-        self.cluster.agents[self.source].release()
+        for agent in self.cluster.agents.values():
+            agent.release()
         # Refused where the migration has ended or is beyond pre-copy.
         self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited", check=False)
 
