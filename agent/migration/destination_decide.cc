@@ -86,6 +86,7 @@ void IncomingMigration::Impl::StartGuest() {
   if (started.ok() && p_.devices.hints() != nullptr) p_.devices.hints()->Finish();
   if (link_) (void)link_->Send(VerdictMessage(), Deadline::After(seconds(5)));
 
+  Duration announce_time{0};
   if (started.ok() && o_.has_network) {
     const Clock::time_point announcing = Clock::now();
     if (absl::Status announced = p_.driver.Announce(deadline); !announced.ok())
@@ -93,6 +94,7 @@ void IncomingMigration::Impl::StartGuest() {
     if (absl::Status announced = p_.devices.Announce(deadline); !announced.ok())
       LOG_WARN("migration {}: announcing the guest's NICs: {}", o_.migration_id, Message(announced));
     AddTime("announce", announcing);
+    announce_time = Clock::now() - announcing;
   }
   if (started.ok() && link_) {
     v1::PeerMessage message;
@@ -123,8 +125,10 @@ void IncomingMigration::Impl::StartGuest() {
     if (started.ok() && link_ && source_frozen_at_ns_ != 0) {
       int64_t offset = link_->clock_offset().value_or(0);
       if (std::llabs(offset) <= link_->round_trip().count()) offset = 0;  // one clock
-      SetDuration(r.mutable_progress()->mutable_downtimes()->mutable_vcpu(),
-                  Duration(running_at_ns_ + offset - source_frozen_at_ns_));
+      const Duration vcpu(running_at_ns_ + offset - source_frozen_at_ns_);
+      v1::Downtimes* downtimes = r.mutable_progress()->mutable_downtimes();
+      SetDuration(downtimes->mutable_vcpu(), vcpu);
+      SetDuration(downtimes->mutable_network(), o_.has_network ? vcpu + announce_time : Duration(0));
     }
     for (const auto& [name, took] : parts_)
       AddPart(r.mutable_progress()->mutable_downtimes()->mutable_parts(), "destination." + name, took);
