@@ -129,7 +129,7 @@ absl::Status Controller::Save(Entry& entry, const Machine& machine, bool public_
   absl::Status status = store_.Commit(batch).status();
   if (status.ok()) {
     entry.last_commit = Clock::now();
-    entry.public_dirty = entry.control_dirty = entry.unsaved = false;
+    entry.public_dirty = entry.control_dirty = entry.unsaved = entry.refused = false;
     for (const auto& [number, wake] : std::map(subscribers_)) wake();
   }
   return status;
@@ -157,12 +157,13 @@ void Controller::Apply(Entry& entry, const Event& event, bool may_wait) {
   entry.control_dirty |= actions.control_changed;
   std::move(actions.commands.begin(), actions.commands.end(), std::back_inserter(entry.held.commands));
   std::move(actions.acks.begin(), actions.acks.end(), std::back_inserter(entry.held.acks));
-  if (entry.unsaved && entry.flush) {
+  bool dirty = entry.public_dirty || entry.control_dirty;
+  const bool waits = may_wait && entry.held.commands.empty() && entry.held.acks.empty();
+  if (entry.unsaved && entry.flush && (entry.refused || waits)) {
     ArmTick(entry);
     return;  // what waits goes with the flush
   }
-  bool dirty = entry.public_dirty || entry.control_dirty;
-  if (dirty && may_wait && entry.held.commands.empty() && entry.held.acks.empty()) {
+  if (dirty && waits) {
     Clock::time_point due = entry.last_commit + options_.progress_interval;
     if (Clock::now() < due) {
       entry.unsaved = true;
@@ -193,7 +194,7 @@ void Controller::Flush(Entry& entry) {
     if (!status.ok()) {
       LOG_ERROR("migrations/{}: {}; nothing is done for it until the store takes it", entry.id,
                 Message(status));
-      entry.unsaved = true;
+      entry.unsaved = entry.refused = true;
       entry.flush = loop_.At(Clock::now() + kStoreRetry, [this, id = entry.id] {
         if (Entry* entry = Find(id)) Flush(*entry);
       });

@@ -86,6 +86,7 @@ class Controller : public FleetObserver {
     Clock::time_point last_commit;
     std::optional<EventLoop::TimerId> tick, flush;
     bool public_dirty = false, control_dirty = false;
+    bool refused = false;  // by the store, which is asked again at the flush
   };
   struct DryRun;
 
