@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "agent/daemon/domain_host.h"
+#include "common/durable_file.h"
 #include "common/log.h"
 
 namespace baton::daemon {
@@ -351,6 +352,8 @@ void DomainManager::Remove(const EntryPtr& entry) {
   }
   entry->Disconnect();
   if (absl::Status removed = store_.Retire(entry->name()); !removed.ok())
+    LOG_WARN("domain {}: {}", entry->name(), Message(removed));
+  if (absl::Status removed = RemoveTree(DeviceDir(entry->name())); !removed.ok())
     LOG_WARN("domain {}: {}", entry->name(), Message(removed));
   Drop(entry);
   Tell(entry->name());

@@ -41,6 +41,7 @@ absl::StatusOr<std::unique_ptr<DomainDevices>> DomainDevices::Start(const v1::Sh
     options.vmm_returns = returning;
     options.memo_dir = config.run_dir();
     options.whole_memory_tables = true;
+    options.vmm_moves_memory = true;
     options.connect_timeout = kDeviceConnect;
     // The socket appears once the back-end was seen, which may be later.
     const auto give = [path = options.listen_path, uid = host.qemu_uid(), gid = host.qemu_gid()] {
@@ -51,6 +52,11 @@ absl::StatusOr<std::unique_ptr<DomainDevices>> DomainDevices::Start(const v1::Sh
     callbacks.on_change = [on_change, give](const v1::Device&) {
       give();
       on_change();
+    };
+    callbacks.on_stopped = [stops = devices->stops_,
+                            name = options.spec.name()](const absl::StatusOr<v1::DeviceState>& state) {
+      std::lock_guard lock(stops->mutex);
+      if (stops->handler) stops->handler(name, state);
     };
     auto mediator = vhost::Mediator::Start(std::move(options), std::move(callbacks));
     if (!mediator.ok()) return mediator.status();
@@ -64,6 +70,17 @@ std::vector<v1::Device> DomainDevices::Describe() const {
   std::vector<v1::Device> out;
   for (const auto& mediator : mediators_) out.push_back(mediator->Describe());
   return out;
+}
+
+std::vector<vhost::Mediator*> DomainDevices::All() const {
+  std::vector<vhost::Mediator*> out;
+  for (const auto& mediator : mediators_) out.push_back(mediator.get());
+  return out;
+}
+
+void DomainDevices::SetStopHandler(StopHandler handler) {
+  std::lock_guard lock(stops_->mutex);
+  stops_->handler = std::move(handler);
 }
 
 vhost::Mediator* DomainDevices::Find(const std::string& device) const {

@@ -4,6 +4,8 @@
 
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <string>
 #include <vector>
 
 #include "agent/shim/config_store.h"
@@ -23,9 +25,22 @@ class DomainDevices {
 
   std::vector<v1::Device> Describe() const;
   vhost::Mediator* Find(const std::string& device) const;
+  std::vector<vhost::Mediator*> All() const;
+
+  // Hears of the end of each armed stop before QEMU does (MediatorCallbacks::on_stopped), on the mediator's
+  // thread. Null: nobody. After the return the handler before is not being called any more.
+  using StopHandler =
+      std::function<void(const std::string& device, const absl::StatusOr<v1::DeviceState>& state)>;
+  void SetStopHandler(StopHandler handler);
 
  private:
   DomainDevices() = default;
+  // Shared with mediators: one calls until it is gone.
+  struct Stops {
+    std::mutex mutex;
+    StopHandler handler;  // guarded by mutex, also while it runs
+  };
+  const std::shared_ptr<Stops> stops_ = std::make_shared<Stops>();
   std::vector<std::unique_ptr<vhost::Mediator>> mediators_;  // constant after Start
 };
 

@@ -43,7 +43,8 @@ DomainIncoming::DomainIncoming(DomainIncomingParts parts)
       id_(p_.config.Get().migration_id()),
       uuid_(p_.config.Get().domain_uuid()),
       epoch_(p_.config.Get().epoch()),
-      reporter_(id_, p_.config.Get().domain_host().vm(), v1::ROLE_DESTINATION, epoch_, p_.on_report) {
+      reporter_(id_, p_.config.Get().domain_host().vm(), v1::ROLE_DESTINATION, epoch_, p_.on_report),
+      device_link_(p_.devices, id_, p_.config.Get().run_dir()) {
   thread_ = std::thread([this] { Run(); });
 }
 
@@ -90,9 +91,10 @@ absl::Status DomainIncoming::AcceptChannel(const v1::AcceptChannelRequest& reque
     AnswerQuery(std::move(socket));
     return absl::OkStatus();
   }
-  if (preamble.kind != stream::PreambleKind::kTunnel)
+  const bool devices = preamble.kind == stream::PreambleKind::kChannel && preamble.channel == 0;
+  if (!devices && preamble.kind != stream::PreambleKind::kTunnel)
     return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kInvalidArgument,
-                 "a domain's migration has tunnelled connections only");
+                 "a domain's migration has channel 0 and tunnelled connections only");
   std::shared_ptr<stream::TunnelExit> exit;
   std::shared_ptr<const stream::TlsContext> tls;
   {
@@ -103,6 +105,7 @@ absl::Status DomainIncoming::AcceptChannel(const v1::AcceptChannelRequest& reque
   if (!exit)
     return Error(v1::DESTINATION_REFUSED, absl::StatusCode::kFailedPrecondition,
                  "migration {} has ended at this host", id_);
+  if (devices) return device_link_.Accept(std::move(socket), std::move(tls));
   exit->Accept(std::move(socket), preamble.channel, std::move(tls));
   return absl::OkStatus();
 }

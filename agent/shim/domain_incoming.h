@@ -16,6 +16,7 @@
 
 #include "agent/migration/reporter.h"
 #include "agent/shim/config_store.h"
+#include "agent/shim/domain_device_link.h"
 #include "agent/shim/domain_side.h"
 #include "agent/stream/tunnel.h"
 #include "baton/v1/agent_session.pb.h"
@@ -27,6 +28,7 @@ struct DomainIncomingParts {
   ConfigStore& config;
   DomainJournal& journal;
   vmm::LibvirtConnection& local;
+  DomainDevices* devices;  // null: none is mediated
   migration::ReportCallback on_report;
   // Peers may connect. On the migration's thread, as on_end.
   std::function<void()> on_ready;
@@ -83,6 +85,7 @@ class DomainIncoming {
   const uint64_t epoch_;  // of the source
   const std::shared_ptr<DomainMailbox> mail_ = std::make_shared<DomainMailbox>();
   migration::Reporter reporter_;
+  DomainDeviceReceiver device_link_;
 
   // Of the thread alone.
   bool seen_ = false;  // the domain was here

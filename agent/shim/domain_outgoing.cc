@@ -61,6 +61,7 @@ DomainOutgoing::DomainOutgoing(DomainOutgoingParts parts, const v1::StartOutgoin
 DomainOutgoing::~DomainOutgoing() {
   mail_->Stop();
   thread_.join();
+  ReleaseDevices();
   CloseTunnel();
 }
 
@@ -139,6 +140,7 @@ absl::Status DomainOutgoing::Prepare() {
   ASSIGN_OR_RETURN(bool running, ReadSource(deadline));
   if (!running)
     return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition, "the domain does not run");
+  ArmDevices(deadline);
   return absl::OkStatus();
 }
 
@@ -177,7 +179,7 @@ absl::Status DomainOutgoing::OpenTunnel() {
   const v1::DomainHost& host = config.domain_host();
   const std::string& dir = command_.domain().tunnel_dir();
   remote_.reset();
-  entrance_.reset();
+  SetEntrance(nullptr);
   dial_.address = command_.peer_address();
   dial_.migration_id = command_.migration_id();
   ASSIGN_OR_RETURN(dial_.token, stream::MakeToken(command_.token()));
@@ -200,7 +202,7 @@ absl::Status DomainOutgoing::OpenTunnel() {
   };
   auto entrance = stream::TunnelEntrance::Start(std::move(options));
   if (!entrance.ok()) return Annotate(entrance.status(), "tunnel");
-  entrance_ = *std::move(entrance);
+  SetEntrance(*std::move(entrance));
   vmm::LibvirtOptions remote;
   remote.uri = vmm::TunnelUri(command_.domain());
   vmm::LibvirtCallbacks callbacks;
@@ -220,10 +222,48 @@ absl::Status DomainOutgoing::OpenTunnel() {
 void DomainOutgoing::CloseTunnel() {
   remote_.reset();
   const bool had = entrance_ != nullptr;
-  entrance_.reset();
+  if (had) entrance_->Stop();
+  SetEntrance(nullptr);
   if (!had) return;
   if (absl::Status removed = RemoveTree(command_.domain().tunnel_dir()); !removed.ok())
     LOG_WARN("migration {}: {}", id(), Message(removed));
+}
+
+void DomainOutgoing::SetEntrance(std::shared_ptr<stream::TunnelEntrance> entrance) {
+  std::lock_guard lock(mutex_);
+  entrance_.swap(entrance);
+}
+
+void DomainOutgoing::CutVmm(v1::Reason reason, const std::string& message) {
+  std::shared_ptr<stream::TunnelEntrance> entrance;
+  {
+    std::lock_guard lock(mutex_);
+    if (!end_) end_ = Wish{reason, message};
+    cut_ = true;
+    entrance = entrance_;
+  }
+  LOG_WARN("migration {}: {}; its connections are cut", id(), message);
+  if (entrance) entrance->Stop();
+  mail_->Wake();
+}
+
+void DomainOutgoing::ArmDevices(Deadline deadline) {
+  if (p_.devices == nullptr) return;
+  DomainDeviceSender::Options options;
+  options.migration_id = id();
+  options.vm = command_.vm();
+  options.epoch = command_.epoch();
+  options.params = command_.params();
+  options.cut = [this](v1::Reason reason, const std::string& message) { CutVmm(reason, message); };
+  device_link_ = std::make_unique<DomainDeviceSender>(*p_.devices, std::move(options));
+  if (absl::Status begun = device_link_->Begin(dial_, deadline); !begun.ok())
+    LOG_WARN("migration {}: {}", id(), Message(begun));
+}
+
+void DomainOutgoing::ReleaseDevices() {
+  if (!device_link_) return;
+  reporter_.Update([&](v1::SideReport& r) { device_link_->FillProgress(r.mutable_progress()); });
+  device_link_.reset();
 }
 
 absl::Status DomainOutgoing::AwaitRemote(Deadline deadline) {
@@ -286,6 +326,8 @@ void DomainOutgoing::Follow() {
       call_status_ = *mail.call;
       LOG_INFO("migration {}: libvirt's call has ended: {}", id(),
                call_status_.ok() ? "done" : Message(call_status_));
+      // One that was cut relays nothing more; it is opened again to look at the destination.
+      if (cut_) CloseTunnel();
       return;
     }
     if (Clock::now() >= look) {
@@ -441,7 +483,11 @@ void DomainOutgoing::ApplyWishes() {
     if (!place && !suspended_) place = value;
   };
   if (bandwidth) {
-    absl::Status set = mover_.SetBandwidth(*bandwidth, Deadline::After(kCallTimeout));
+    absl::Status set = mover_.SetBandwidth(*bandwidth, /*postcopy=*/false, Deadline::After(kCallTimeout));
+    if (command_.params().post_copy()) {
+      absl::Status after = mover_.SetBandwidth(*bandwidth, /*postcopy=*/true, Deadline::After(kCallTimeout));
+      if (postcopy_ || set.ok()) set = after;
+    }
     if (!set.ok()) again(set, bandwidth_, *bandwidth);
   }
   if (max_downtime) {

@@ -18,6 +18,7 @@
 #include "agent/migration/convergence.h"
 #include "agent/migration/reporter.h"
 #include "agent/shim/config_store.h"
+#include "agent/shim/domain_device_link.h"
 #include "agent/shim/domain_side.h"
 #include "agent/stream/tunnel.h"
 #include "agent/vmm/libvirt/mover.h"
@@ -32,6 +33,7 @@ struct DomainOutgoingParts {
   ConfigStore& config;
   DomainJournal& journal;
   vmm::LibvirtConnection& local;
+  DomainDevices* devices;  // null: none is mediated
   migration::ReportCallback on_report;
   // The migration has ended, its last report was given. On the migration's thread.
   std::function<void()> on_end;
@@ -71,6 +73,7 @@ class DomainOutgoing {
   void Run();
   absl::Status Prepare();
   absl::Status OpenTunnel();
+  void SetEntrance(std::shared_ptr<stream::TunnelEntrance> entrance);
   absl::StatusOr<bool> ReadSource(Deadline deadline);
   absl::Status AwaitRemote(Deadline deadline);
   absl::Status BeginCall(bool recover);
@@ -99,6 +102,10 @@ class DomainOutgoing {
   void LoseGuest(const std::string& why);
   void NotStarted(const absl::Status& why);
   void CloseTunnel();
+  void ArmDevices(Deadline deadline);
+  void ReleaseDevices();
+  // From any thread: the call cannot succeed any more, for this reason.
+  void CutVmm(v1::Reason reason, const std::string& message);
   absl::Status OnDomain(vmm::LibvirtConnection& connection, const std::string& what,
                         std::function<int(virDomainPtr)> call);
   void UndefineLeftover();
@@ -114,7 +121,8 @@ class DomainOutgoing {
   // Of the thread alone.
   std::string uuid_;
   stream::DialOptions dial_;
-  std::unique_ptr<stream::TunnelEntrance> entrance_;
+  std::shared_ptr<stream::TunnelEntrance> entrance_;  // replaced under mutex_
+  std::unique_ptr<DomainDeviceSender> device_link_;   // while the call is under way
   std::unique_ptr<vmm::LibvirtConnection> remote_;
   // The destination's libvirt could be seen all the time since before the handover.
   const std::shared_ptr<std::atomic<bool>> watched_;
@@ -137,6 +145,7 @@ class DomainOutgoing {
   std::string said_;  // last settlement, for the log
 
   mutable std::mutex mutex_;
+  std::atomic<bool> cut_ = false;
   std::optional<Wish> end_;  // guarded by mutex_, as all below
   std::optional<uint64_t> bandwidth_;
   std::optional<Duration> max_downtime_;

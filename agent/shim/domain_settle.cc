@@ -277,6 +277,7 @@ bool DomainOutgoing::EndHere(bool running, const std::string& why) {
     return false;
   }
   const Wish cause = Cause();
+  ReleaseDevices();
   LOG_WARN("migration {}: {}; the guest {} here ({})", id(), cause.message,
            running ? "goes on" : "stands still", why);
   CloseTunnel();
@@ -305,6 +306,7 @@ bool DomainOutgoing::EndAway(const std::string& why) {
     LOG_WARN("migration {}: {}", id(), Message(written));
   }
   PausePoint(p_.config.Get().run_dir(), "source-released");
+  ReleaseDevices();
   UndefineLeftover();
   AddDowntime();
   LOG_INFO("migration {}: moved away ({})", id(), why);
@@ -366,6 +368,7 @@ void DomainOutgoing::AddDowntime() {
 
 void DomainOutgoing::LoseGuest(const std::string& why) {
   LOG_ERROR("migration {}: the guest is lost: {}", id(), why);
+  ReleaseDevices();
   CloseTunnel();
   reporter_.EnterPhase(v1::FAILED);
   const Wish cause = Cause();

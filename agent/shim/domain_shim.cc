@@ -67,7 +67,11 @@ void DomainShim::OnSignal(int signal) {
 }
 
 DomainOutgoingParts DomainShim::OutgoingParts() {
-  return {config_, *journal_, *local_, [this](const v1::SideReport& report) { TakeReport(report); },
+  return {config_,
+          *journal_,
+          *local_,
+          devices_.get(),
+          [this](const v1::SideReport& report) { TakeReport(report); },
           [this] { loop_->Post([this] { PublishStatus(); }); }};
 }
 
@@ -96,6 +100,7 @@ void DomainShim::Begin() {
     DomainIncomingParts parts{config_,
                               *journal_,
                               *local_,
+                              devices_.get(),
                               [this](const v1::SideReport& report) { TakeReport(report); },
                               [this] { loop_->Post([this] { PublishStatus(); }); },
                               [this] { loop_->Post([this] { PublishStatus(); }); }};

@@ -112,13 +112,26 @@ absl::StatusOr<PeerConnections> DialPeer(const DialOptions& options, Deadline de
   return connections;
 }
 
-absl::StatusOr<std::unique_ptr<MessageChannel>> DialVerdictQuery(const DialOptions& options,
-                                                                 Deadline deadline) {
+namespace {
+
+absl::StatusOr<std::unique_ptr<MessageChannel>> DialMessages(const DialOptions& options, PreambleKind kind,
+                                                             Deadline deadline) {
   auto target = MakeTarget(options, deadline);
   if (!target.ok()) return ConnectionError(target.status(), options);
-  auto channel = DialChannel(*target, options, PreambleKind::kVerdictQuery, 0, deadline);
+  auto channel = DialChannel(*target, options, kind, 0, deadline);
   if (!channel.ok()) return ConnectionError(channel.status(), options);
   return std::make_unique<MessageChannel>(std::move(channel).value());
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<MessageChannel>> DialControl(const DialOptions& options, Deadline deadline) {
+  return DialMessages(options, PreambleKind::kChannel, deadline);
+}
+
+absl::StatusOr<std::unique_ptr<MessageChannel>> DialVerdictQuery(const DialOptions& options,
+                                                                 Deadline deadline) {
+  return DialMessages(options, PreambleKind::kVerdictQuery, deadline);
 }
 
 absl::StatusOr<std::unique_ptr<Channel>> DialTunnel(const DialOptions& options, uint32_t service,

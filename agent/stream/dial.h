@@ -21,7 +21,7 @@ struct DialOptions {
   std::string address;
   std::string migration_id;
   Token token{};
-  // Channels 1..data_channels beside channel 0; at least 1 (ignored by DialVerdictQuery and DialTunnel).
+  // Channels 1..data_channels beside channel 0; at least 1 (ignored but by DialPeer).
   uint32_t data_channels = 1;
   // Null: plaintext.
   std::shared_ptr<const TlsContext> tls;
@@ -38,6 +38,9 @@ struct PeerConnections {
 // Connects channel 0 and all data channels, sends their preambles and runs the TLS handshakes. Errors carry
 // Reason PEER_CONNECTION_FAILED and name the address.
 absl::StatusOr<PeerConnections> DialPeer(const DialOptions& options, Deadline deadline);
+
+// Connects channel 0 alone, where no memory follows (the devices of a domain that libvirt moves).
+absl::StatusOr<std::unique_ptr<MessageChannel>> DialControl(const DialOptions& options, Deadline deadline);
 
 // Connects once to ask for a verdict.
 absl::StatusOr<std::unique_ptr<MessageChannel>> DialVerdictQuery(const DialOptions& options,

@@ -84,8 +84,11 @@ void Mediator::Impl::LoseBackend(const absl::Status& why) {
     rebuild_counts_ |= record_.any_started();
     if (logging_) {
       // It may have written to memory without coming to the bit of that page.
-      std::lock_guard lock(log_mutex_);
-      log_incomplete_ = true;
+      {
+        std::lock_guard lock(log_mutex_);
+        log_incomplete_ = true;
+      }
+      if (options_.vmm_moves_memory) MarkAllDirty();
     }
   }
   link_ = Link();

@@ -18,6 +18,8 @@ void SetRange(std::vector<uint64_t>& words, uint64_t gpa, uint64_t size) {
 absl::Status Mediator::Impl::StartLogging(Deadline deadline) {
   return Run(
       [this] {
+        if (options_.vmm_moves_memory)
+          return absl::FailedPreconditionError("the VMM keeps the log of this device");
         if (logging_) return absl::OkStatus();
         if (!(offer_.features & virtio::kVhostFLogAll) || !(offer_.protocol_features & pf::kLogShmfd)) {
           return Error(
@@ -66,8 +68,54 @@ absl::Status Mediator::Impl::StopLogging(Deadline deadline) {
       deadline);
 }
 
+absl::Status Mediator::Impl::OnLogBase(WireMessage& m, absl::Status* refused) {
+  const auto wanted = m.As<LogDescription>();
+  ASSIGN_OR_RETURN(auto adopted, DirtyLog::Adopt(std::move(m.fds[0]), wanted.mmap_size, wanted.mmap_offset));
+  bool first;
+  {
+    std::lock_guard lock(log_mutex_);
+    first = !log_;
+    log_ = std::move(adopted);
+  }
+  link_.log_sent = false;
+  if (!logging_ || !Ready()) return absl::OkStatus();
+  absl::Status sent = EnsureLog();
+  // QEMU starts a device in the middle of a migration before it names the log (vhost_dev_start).
+  if (sent.ok() && first && AnyRuns()) MarkAllDirty();
+  return Forward(sent, refused);
+}
+
+absl::Status Mediator::Impl::LogForVmm(bool on, absl::Status* refused) {
+  if (logging_ == on) return absl::OkStatus();
+  logging_ = on;
+  absl::Status applied = Ready() ? ApplyLogging(on) : absl::OkStatus();
+  if (!on) {
+    // The next migration brings another one; this one is the VMM's to forget.
+    std::lock_guard lock(log_mutex_);
+    log_.reset();
+    log_incomplete_ = false;
+    link_.log_sent = false;
+  }
+  return Forward(applied, refused);
+}
+
+void Mediator::Impl::MarkAllDirty() {
+  std::lock_guard lock(log_mutex_);
+  if (log_) log_->Mark(0, log_->size() * 8 * memory::kPageSize);
+}
+
 absl::Status Mediator::Impl::EnsureLog() {
   if (record_.memory.empty()) return absl::OkStatus();
+  if (options_.vmm_moves_memory) {
+    std::lock_guard lock(log_mutex_);
+    if (!log_ || link_.log_sent) return absl::OkStatus();
+    if (!log_->Covers(record_.memory.last_gpa()))
+      return absl::FailedPreconditionError("the VMM's dirty log is shorter than its memory");
+    if (std::exchange(log_incomplete_, false)) log_->Mark(0, log_->size() * 8 * memory::kPageSize);
+    RETURN_IF_ERROR(link_.frontend->SetLogBase(log_->size(), log_->fd(), RequestDeadline()));
+    link_.log_sent = true;
+    return absl::OkStatus();
+  }
   std::shared_ptr<DirtyLog> log;
   {
     std::lock_guard lock(log_mutex_);
@@ -99,10 +147,15 @@ absl::Status Mediator::Impl::ApplyLogging(bool on) {
   return absl::OkStatus();
 }
 
+void Mediator::Impl::SetBits(uint64_t gpa, uint64_t size) {
+  if (!options_.vmm_moves_memory) return SetRange(carry_, gpa, size);
+  if (log_) log_->Mark(gpa, size);
+}
+
 void Mediator::Impl::MarkDirty(uint64_t gpa, uint64_t size) {
   if (!logging_) return;
   std::lock_guard lock(log_mutex_);
-  SetRange(carry_, gpa, size);
+  SetBits(gpa, size);
 }
 
 // What a read had brought when it was given up is in memory, but in no log: a back-end logs what it
@@ -115,8 +168,8 @@ void Mediator::Impl::MarkBuffersDirty(const std::vector<virtio::GuestSpan>& buff
   for (const virtio::GuestSpan& buffer : buffers) {
     if (buffer.size == 0 || buffer.gpa > last || buffer.size - 1 > last - buffer.gpa) continue;
     *total += buffer.size;
-    if (*total > last) return SetRange(carry_, 0, last + 1);
-    SetRange(carry_, buffer.gpa, buffer.size);
+    if (*total > last) return SetBits(0, last + 1);
+    SetBits(buffer.gpa, buffer.size);
   }
 }
 

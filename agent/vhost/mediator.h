@@ -100,6 +100,9 @@ struct MediatorOptions {
   // (device_memo.h). With vmm_returns what an earlier mediator left there is taken over, else it is removed.
   // Empty: nothing outlives the mediator. The files stay when it ends; ForgetDevice removes them.
   std::string memo_dir;
+  // The VMM copies guest memory itself (the vmm engine): the log of what the back-end writes is the VMM's own
+  // and goes to the back-end, and a stop is told to on_stopped. StartLogging is not for such a device.
+  bool vmm_moves_memory = false;
   // Memory is to be handed over as whole tables (no CONFIGURE_MEM_SLOTS): such a QEMU would otherwise only
   // name the regions that changed. At most 8 regions then.
   bool whole_memory_tables = false;
@@ -115,6 +118,10 @@ struct MediatorCallbacks {
   std::function<void(const std::vector<MemoryRegionInfo>& regions)> on_memory;
   // Something in Describe() changed: started, stopped, back-end lost, back, held.
   std::function<void(const v1::Device& device)> on_change;
+  // With vmm_moves_memory, while a stop is armed: the VMM has asked for its last ring, and is answered once
+  // this has returned. So what happens here happens before the VMM can send the device's state to anyone.
+  // `state` is what CollectState would return.
+  std::function<void(const absl::StatusOr<v1::DeviceState>& state)> on_stopped;
 };
 
 // Another back-end of the same host for a device under a running guest.

@@ -328,9 +328,16 @@ class Mediator::Impl {
   std::optional<uint64_t> InFlightByRegion();
 
   // --- logging.cc, migration_ops.cc, device_state.cc, on the thread ---
+  // With vmm_moves_memory: the VMM's log, and whether the back-end is to write to it.
+  absl::Status OnLogBase(WireMessage& m, absl::Status* refused);
+  absl::Status LogForVmm(bool on, absl::Status* refused);
+  // Whatever the back-end may have written without coming to its bit.
+  void MarkAllDirty();
   absl::Status EnsureLog();
   absl::Status ApplyLogging(bool on);
   void MarkDirty(uint64_t gpa, uint64_t size);
+  // Under log_mutex_.
+  void SetBits(uint64_t gpa, uint64_t size);
   // `total`: bytes marked so far in this stop.
   void MarkBuffersDirty(const std::vector<virtio::GuestSpan>& buffers, uint64_t* total);
   void MarkRingDirty(uint32_t index);
@@ -341,6 +348,10 @@ class Mediator::Impl {
   // `ram` is where a view of it may be put.
   const virtio::MemoryView& StopMemory(std::optional<RamView>* ram) const;
   void CompareWithExpected(uint32_t index, uint32_t base);
+  // With vmm_moves_memory: the last ring has stopped, and nobody knows yet.
+  void TellStopped();
+  // A ring starts again, so that the stop before was not the end: the next one is a stop of its own.
+  void RenewStop();
   // Begins the stop if `begin`, and says until when it may last.
   Deadline StopDeadline(bool begin);
   bool Armed() const;

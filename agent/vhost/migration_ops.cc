@@ -89,6 +89,27 @@ bool Mediator::Impl::TakesInflight() const {
          published_.state() != v1::Device::HELD;
 }
 
+void Mediator::Impl::TellStopped() {
+  if (!options_.vmm_moves_memory || !callbacks_.on_stopped || !Armed()) return;
+  absl::StatusOr<v1::DeviceState> state = BuildState();
+  if (state.ok()) {
+    if (absl::Status saved = SaveStateInto(&*state, StopDeadline(false)); !saved.ok()) state = saved;
+  }
+  Publish();
+  callbacks_.on_stopped(state);
+}
+
+void Mediator::Impl::RenewStop() {
+  if (!options_.vmm_moves_memory || !stop_.begun) return;
+  std::lock_guard lock(mutex_);
+  if (!armed_) return;
+  stop_duration_ = {};
+  stop_began_.reset();
+  stop_ended_.reset();
+  stop_ = {};
+  stop_.drain_reason = armed_->why_not;
+}
+
 absl::StatusOr<v1::DeviceState> Mediator::Impl::CollectState(Deadline deadline) {
   auto running = [this] {
     return std::any_of(published_.queues().begin(), published_.queues().end(),

@@ -68,6 +68,12 @@ void Mediator::Impl::ServeVmm() {
 
 void Mediator::Impl::EndVmmSession() {
   vmm_.Close();
+  if (options_.vmm_moves_memory) {
+    logging_ = false;
+    std::lock_guard lock(log_mutex_);
+    log_.reset();
+    log_incomplete_ = false;
+  }
   const bool used = record_.features.has_value() || !record_.memory.empty();
   record_ = DeviceRecord();
   status_reset_due_ = false;
@@ -150,8 +156,10 @@ absl::Status Mediator::Impl::Dispatch(WireMessage& m) {
       return ReplyU64(m, status);
     }
     case Request::kSetLogBase:
-      // The VMM's log stays empty: guest memory is ours to move, and our own log sees the back-end's writes.
-      return ReplyU64(m, 0);
+      // Where guest memory is ours to move, the VMM's log stays empty, and our own sees the back-end's
+      // writes.
+      if (options_.vmm_moves_memory) RETURN_IF_ERROR(OnLogBase(m, &refused));
+      return ReplyU64(m, refused.ok() ? 0 : 1);
     case Request::kGetVringBase:
       return OnGetVringBase(m);
     case Request::kGetConfig:
@@ -227,6 +235,10 @@ absl::Status Mediator::Impl::OnSetFeatures(const WireMessage& m, absl::Status* r
   }
   // LOG_ALL of the VMM is about a log of its own.
   record_.features = features & ~virtio::kVhostFLogAll;
+  if (options_.vmm_moves_memory) {
+    RETURN_IF_ERROR(LogForVmm((features & virtio::kVhostFLogAll) != 0, refused));
+    if (!refused->ok()) return absl::OkStatus();
+  }
   if (!Ready()) return absl::OkStatus();
   if (EffectiveProtocolFeatures() != link_.frontend->protocol_features()) {
     RETURN_IF_ERROR(Forward(
@@ -341,6 +353,7 @@ absl::Status Mediator::Impl::OnGetVringBase(const WireMessage& m) {
     vring.told = told;
     stop_ended_ = Clock::now();
     Memorize(state.index);
+    if (!record_.any_started()) TellStopped();
     if (status_reset_due_ && Ready() && !AnyRuns()) {
       status_reset_due_ = false;
       absl::Status refused;
@@ -370,6 +383,7 @@ absl::Status Mediator::Impl::OnNotifier(WireMessage& m, absl::Status* refused) {
     RETURN_IF_ERROR(Annotate(
         record_.packed() ? record_.Packed(index).status() : record_.Split(index).status(), "SET_VRING_KICK"));
     vring.started = true;
+    RenewStop();
     if (Ready() && MustHold(index)) {
       // The VMM is answered at once: it has still to start the receive queues that this one waits for.
       if (held_rings_.empty()) held_until_ = Clock::now() + kHoldTx;

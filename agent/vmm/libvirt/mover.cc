@@ -96,7 +96,11 @@ absl::StatusOr<MoveCall> MakeMoveCall(const MoveSource& source, const v1::Domain
     add(VIR_MIGRATE_PARAM_COMPRESSION, compression);
   }
   if (params.auto_converge()) call.flags |= VIR_MIGRATE_AUTO_CONVERGE;
-  if (params.post_copy()) call.flags |= VIR_MIGRATE_POSTCOPY;
+  if (params.post_copy()) {
+    call.flags |= VIR_MIGRATE_POSTCOPY;
+    // QEMU knows two limits. Pages that the guest waits for are sent at once whatever they are.
+    if (params.bandwidth() > 0) add(VIR_MIGRATE_PARAM_BANDWIDTH_POSTCOPY, InMiB(params.bandwidth()));
+  }
   // zero_copy is left out: the tunnel's sockets are unix sockets, for which Linux knows no zero-copy sending,
   // and QEMU refuses to begin without it. The destination's findings say so (ZERO_COPY_LEFT_OUT).
   return call;
@@ -137,12 +141,14 @@ absl::Status DomainMover::Abort(Deadline deadline) {
       deadline);
 }
 
-absl::Status DomainMover::SetBandwidth(uint64_t bytes, Deadline deadline) {
+absl::Status DomainMover::SetBandwidth(uint64_t bytes, bool postcopy, Deadline deadline) {
+  unsigned flags = 0;
+  if (postcopy) flags |= VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY;
   return With(
       "setting the bandwidth",
-      [mib = InMiB(bytes)](virDomainPtr domain) {
-        return virDomainMigrateSetMaxSpeed(domain, mib, 0) == 0 ? absl::OkStatus()
-                                                                : LibvirtError("setting the bandwidth");
+      [mib = InMiB(bytes), flags](virDomainPtr domain) {
+        return virDomainMigrateSetMaxSpeed(domain, mib, flags) == 0 ? absl::OkStatus()
+                                                                    : LibvirtError("setting the bandwidth");
       },
       deadline);
 }

@@ -54,8 +54,8 @@ class DomainMover {
   // virDomainAbortJob: the guest goes on at the source. FailedPrecondition without a job, or once post-copy
   // has begun.
   absl::Status Abort(Deadline deadline);
-  // Bytes a second; 0 is unlimited.
-  absl::Status SetBandwidth(uint64_t bytes, Deadline deadline);
+  // Bytes a second; 0 is unlimited. QEMU has a limit for pre-copy, and one for what follows it.
+  absl::Status SetBandwidth(uint64_t bytes, bool postcopy, Deadline deadline);
   absl::Status SetMaxDowntime(Duration downtime, Deadline deadline);
   absl::Status StartPostCopy(Deadline deadline);
   absl::StatusOr<JobFigures> Job(bool completed, Deadline deadline);

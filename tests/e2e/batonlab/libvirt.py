@@ -57,20 +57,28 @@ DOMAIN = """<domain type='qemu'>
   <on_crash>destroy</on_crash>
   <devices>
     <emulator>{emulator}</emulator>
-    <disk type='file' device='disk'>
-      <driver name='qemu' type='raw' cache='none'/>
-      <source file='{disk}'/>
-      <target dev='vda' bus='virtio'/>
-    </disk>
+    {disk_xml}
     <controller type='usb' model='none'/>
     <serial type='unix'>
       <source mode='bind' path='{console}'/>
       <log file='/var/log/libvirt/{name}.console.log' append='on'/>
     </serial>
     <memballoon model='virtio' freePageReporting='on'/>
+    {devices}
   </devices>
 </domain>
 """
+
+FILE_DISK = """<disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='none'/>
+      <source file='{path}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>"""
+VHOST_USER_DISK = """<disk type='vhostuser' device='disk'>
+      <driver name='qemu' type='raw'/>
+      <source type='unix' path='{path}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>"""
 
 
 def backports(what):
@@ -270,8 +278,13 @@ class DomainGuest(Guest):
 
     def wait_ready(self, timeout=60):
         # Its first words may have come before anybody listened, and what it is told before them it does not hear.
+        # How long an answer takes depends on what else the machine does.
+        patience = 0.5
+
         def answers():
-            return self._session("s", lambda text: "STATUS n=" in text, time.monotonic() + 0.5)[0]
+            nonlocal patience
+            patience = min(2 * patience, 8)
+            return self._session("s", lambda text: "STATUS n=" in text, time.monotonic() + patience)[0]
         wait_until(answers, f"guest {self.name} to boot", timeout)
 
     def _session(self, letter, find, deadline):
@@ -335,8 +348,8 @@ class LibvirtCluster(Cluster):
 
     def domain_xml(self, name, memory=128, cmdline="", disk=None, **fields):
         fields = {"uuid": uuid.uuid4(), "machine": self.machine, "emulator": self.emulator,
-                  "console": CONSOLE.format(name=name), **fields}
-        return DOMAIN.format(name=name, memory=memory, cmdline=cmdline, guest_dir=self.guest_dir, disk=disk, **fields)
+                  "console": CONSOLE.format(name=name), "disk_xml": FILE_DISK.format(path=disk), "devices": "", **fields}
+        return DOMAIN.format(name=name, memory=memory, cmdline=cmdline, guest_dir=self.guest_dir, **fields)
 
     @staticmethod
     def make_disk(path):

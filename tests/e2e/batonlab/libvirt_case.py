@@ -12,6 +12,10 @@ VM = "web1"
 SLOW = ("--bandwidth", "4MiB")
 
 
+def backports_of(wanted):
+    return {host: backports(what) for host, what in wanted.items()}
+
+
 class LibvirtTest(ClusterTest):
     SECURE = True
     # Enough memory traffic for several iterations, a disk that is never idle, and a full check that does not take long.
@@ -26,8 +30,7 @@ class LibvirtTest(ClusterTest):
 
     @classmethod
     def make_cluster(cls):
-        return LibvirtCluster(cls.lab, secure=cls.SECURE, batond_settings=cls.BATOND,
-                              usr={host: backports(what) for host, what in cls.BACKPORTS.items()})
+        return LibvirtCluster(cls.lab, secure=cls.SECURE, batond_settings=cls.BATOND, usr=backports_of(cls.BACKPORTS))
 
     def have_guest(self, host=None):
         cls = type(self)

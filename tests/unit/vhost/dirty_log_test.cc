@@ -56,6 +56,21 @@ TEST(DirtyLog, CannotBeShrunkByTheBackend) {
   EXPECT_NE(::ftruncate((*log)->fd(), 0), 0);
 }
 
+TEST(DirtyLog, MarksWholePagesAcrossWordsAndNothingBeyondItsEnd) {
+  auto log = DirtyLog::Create(0xfffff);  // 256 pages
+  (*log)->Mark(62 * 4096 + 4095, 4096 * 68);
+  (*log)->Mark(255 * 4096, ~uint64_t{0});
+  (*log)->Mark(uint64_t{1} << 40, 4096);
+  (*log)->Mark(0, 0);
+  std::vector<uint64_t> words;
+  (*log)->Take(words);
+  ASSERT_EQ(words.size(), 4u);
+  EXPECT_EQ(words[0], uint64_t{3} << 62);
+  EXPECT_EQ(words[1], ~uint64_t{0});
+  EXPECT_EQ(words[2], 7u);
+  EXPECT_EQ(words[3], uint64_t{1} << 63);
+}
+
 TEST(DirtyLog, AbsurdSizeIsRefused) { EXPECT_FALSE(DirtyLog::Create(~uint64_t{0}).ok()); }
 
 TEST(DirtyLog, EveryMarkIsTakenOnceWhileWritersRun) {

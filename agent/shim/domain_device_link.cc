@@ -1,0 +1,267 @@
+#include "agent/shim/domain_device_link.h"
+
+#include <algorithm>
+#include <chrono>
+#include <set>
+#include <thread>
+
+#include "agent/migration/reporter.h"
+#include "agent/stream/preamble.h"
+#include "agent/vhost/inflight_answer.h"
+#include "common/log.h"
+#include "common/pause_point.h"
+
+namespace baton::shim {
+namespace {
+
+using std::chrono::seconds;
+
+constexpr Duration kDrainBound = seconds(5);
+// For the destination to take the state of a device, in the blackout.
+constexpr Duration kTellTimeout = seconds(3);
+// Of the first words of a connection, and of each answer.
+constexpr Duration kGreeting = seconds(10);
+// A migration may take long before a device stops; Stop() ends the wait.
+constexpr Duration kIdle = std::chrono::hours(24);
+
+}  // namespace
+
+// --- source ---
+
+DomainDeviceSender::DomainDeviceSender(DomainDevices& devices, Options options)
+    : devices_(devices),
+      options_(std::move(options)),
+      drain_bound_(migration::DurationOr(options_.params.has_drain_timeout(), options_.params.drain_timeout(),
+                                         kDrainBound)) {
+  devices_.SetStopHandler([this](const std::string& device, const absl::StatusOr<v1::DeviceState>& state) {
+    OnStopped(device, state);
+  });
+}
+
+DomainDeviceSender::~DomainDeviceSender() {
+  for (vhost::Mediator* mediator : devices_.All()) {
+    if (absl::Status disarmed = mediator->DisarmStop(); !disarmed.ok()) LOG_WARN("{}", Message(disarmed));
+  }
+  devices_.SetStopHandler(nullptr);
+  std::lock_guard lock(mutex_);
+  if (channel_) channel_->Shutdown();
+}
+
+absl::StatusOr<v1::PeerWelcome> DomainDeviceSender::Greet(const stream::DialOptions& dial,
+                                                          Deadline deadline) {
+  ASSIGN_OR_RETURN(std::unique_ptr<stream::MessageChannel> channel, stream::DialControl(dial, deadline));
+  v1::PeerMessage hello;
+  hello.mutable_hello()->set_version(stream::kProtocolVersion);
+  hello.mutable_hello()->set_migration_id(options_.migration_id);
+  hello.mutable_hello()->set_vm(options_.vm);
+  hello.mutable_hello()->set_epoch(options_.epoch);
+  RETURN_IF_ERROR(channel->Send(hello, deadline));
+  ASSIGN_OR_RETURN(v1::PeerMessage answer, channel->Receive(deadline));
+  if (!answer.has_welcome() || answer.welcome().version() != stream::kProtocolVersion)
+    return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kDataLoss,
+                 "the destination answers something else");
+  std::lock_guard lock(mutex_);
+  channel_ = std::move(channel);
+  return answer.welcome();
+}
+
+absl::Status DomainDeviceSender::Begin(const stream::DialOptions& dial, Deadline deadline) {
+  auto welcome = Greet(dial, deadline);
+  std::set<std::string> takes, orders;
+  if (welcome.ok()) {
+    takes.insert(welcome->takes_inflight().begin(), welcome->takes_inflight().end());
+    orders.insert(welcome->orders_inflight().begin(), welcome->orders_inflight().end());
+  }
+  for (vhost::Mediator* mediator : devices_.All()) {
+    vhost::StopOrder order;
+    order.drain_bound = drain_bound_;
+    order.ordered = orders.contains(mediator->name());
+    if (vhost::AnswerFor(options_.params, mediator->name(), mediator->Describe().class_()) == v1::HANDOFF) {
+      order.handoff = takes.contains(mediator->name());
+      if (!order.handoff)
+        order.why_not = welcome.ok() ? "the destination's back-end cannot be given requests in flight"
+                                     : "the destination could not be asked: " + Message(welcome.status());
+    }
+    RETURN_IF_ERROR(mediator->ArmStop(std::move(order)));
+  }
+  return Annotate(welcome.status(), "the devices of the destination");
+}
+
+absl::Status DomainDeviceSender::Tell(const v1::DeviceState& state, Deadline deadline) {
+  std::shared_ptr<stream::MessageChannel> channel;
+  {
+    std::lock_guard lock(mutex_);
+    channel = channel_;
+  }
+  if (!channel)
+    return Error(v1::PEER_CONNECTION_FAILED, absl::StatusCode::kUnavailable,
+                 "there is no connection to the destination's devices");
+  auto tell = [&]() -> absl::StatusOr<v1::PeerMessage> {
+    v1::PeerMessage message;
+    *message.mutable_devices()->add_devices() = state;
+    RETURN_IF_ERROR(channel->Send(message, deadline));
+    return channel->Receive(deadline);
+  };
+  auto answer = tell();
+  // QEMU stops one device after the other; what comes too late must not be taken for the next one's answer.
+  if (!answer.ok() || !answer->has_verdict()) {
+    std::lock_guard lock(mutex_);
+    channel->Shutdown();
+    channel_.reset();
+    return Error(v1::PEER_CONNECTION_FAILED, absl::StatusCode::kUnavailable,
+                 "the destination was not heard: {}",
+                 answer.ok() ? "it answers something else" : Message(answer.status()));
+  }
+  const v1::Verdict& verdict = answer->verdict();
+  if (verdict.reason() == v1::NONE) return absl::OkStatus();
+  return WithReason(absl::FailedPreconditionError(verdict.message()), verdict.reason());
+}
+
+void DomainDeviceSender::OnStopped(const std::string& device, const absl::StatusOr<v1::DeviceState>& state) {
+  if (!state.ok()) {
+    // Whatever QEMU would send of it would be wrong.
+    LOG_WARN("migration {}: {}", options_.migration_id, Message(state.status()));
+    return options_.cut(ReasonOf(state.status(), v1::SOURCE_BACKEND_FAILED), Message(state.status()));
+  }
+  const absl::Status told = Tell(*state, Deadline::After(kTellTimeout));
+  if (told.ok()) return;
+  const std::string message =
+      fmt::format("device {}: its state was not taken at the destination: {}", device, Message(told));
+  // Of a drained device the VMM's own state says everything; that it is compared is a precaution.
+  if (ReasonOf(told) == v1::PEER_CONNECTION_FAILED && !state->handed_off() && !state->has_backend_state()) {
+    LOG_WARN("migration {}: {}", options_.migration_id, message);
+    return;
+  }
+  options_.cut(ReasonOf(told, v1::DESTINATION_BACKEND_FAILED), message);
+}
+
+void DomainDeviceSender::FillProgress(v1::Progress* progress) const {
+  progress->clear_device_stops();
+  uint32_t handed_off = 0;
+  Duration drain{};
+  for (const vhost::Mediator* mediator : devices_.All()) {
+    v1::DeviceStop stop = mediator->stop();
+    const Duration took = migration::ToDuration(stop.duration());
+    if (stop.answer() == v1::DRAIN) drain = std::max(drain, took);
+    handed_off += stop.handed_off();
+    *progress->add_device_stops() = std::move(stop);
+  }
+  progress->set_inflight_handed_off(handed_off);
+  migration::SetDuration(progress->mutable_drain(), drain);
+}
+
+// --- destination ---
+
+struct DomainDeviceReceiver::Session {
+  std::mutex mutex;
+  bool ended = false;  // guarded by mutex, as all below but the thread
+  std::shared_ptr<stream::MessageChannel> channel;
+  bool stopped = false;
+  std::thread thread;
+};
+
+DomainDeviceReceiver::DomainDeviceReceiver(DomainDevices* devices, std::string migration_id,
+                                           std::string run_dir)
+    : devices_(devices), migration_id_(std::move(migration_id)), run_dir_(std::move(run_dir)) {}
+
+DomainDeviceReceiver::~DomainDeviceReceiver() { Stop(); }
+
+void DomainDeviceReceiver::Stop() {
+  std::shared_ptr<Session> session;
+  {
+    std::lock_guard lock(mutex_);
+    session.swap(session_);
+  }
+  if (!session) return;
+  {
+    std::lock_guard lock(session->mutex);
+    session->stopped = true;
+    if (session->channel) session->channel->Shutdown();
+  }
+  session->thread.join();
+}
+
+absl::Status DomainDeviceReceiver::Accept(UniqueFd socket, std::shared_ptr<const stream::TlsContext> tls) {
+  std::shared_ptr<Session> before;
+  {
+    std::lock_guard lock(mutex_);
+    before = session_;
+  }
+  if (before) {
+    std::lock_guard lock(before->mutex);
+    // Nobody waits here for what it is doing.
+    if (!before->ended) return absl::FailedPreconditionError("the source's devices are connected already");
+  }
+  Stop();
+  auto session = std::make_shared<Session>();
+  auto shared = std::make_shared<UniqueFd>(std::move(socket));
+  std::lock_guard lock(mutex_);
+  session->thread = std::thread([this, session, shared, tls] { Serve(session, std::move(*shared), tls); });
+  session_ = std::move(session);
+  return absl::OkStatus();
+}
+
+void DomainDeviceReceiver::Serve(const std::shared_ptr<Session>& session, UniqueFd socket,
+                                 const std::shared_ptr<const stream::TlsContext>& tls) {
+  auto serve = [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(auto plain,
+                     stream::AcceptChannel(std::move(socket), tls, "", Deadline::After(kGreeting)));
+    auto channel = std::make_shared<stream::MessageChannel>(std::move(plain));
+    {
+      std::lock_guard lock(session->mutex);
+      if (session->stopped) return absl::OkStatus();
+      session->channel = channel;
+    }
+    for (Duration wait = kGreeting;; wait = kIdle) {
+      auto message = channel->Receive(Deadline::After(wait));
+      if (absl::IsOutOfRange(message.status())) return absl::OkStatus();
+      RETURN_IF_ERROR(message.status());
+      RETURN_IF_ERROR(Answer(*channel, *message));
+    }
+  };
+  absl::Status served = serve();
+  std::lock_guard lock(session->mutex);
+  session->ended = true;
+  session->channel.reset();
+  // The source's end takes the connection along.
+  if (absl::IsUnavailable(served) || session->stopped) return;
+  if (!served.ok()) LOG_WARN("migration {}: the source's devices: {}", migration_id_, Message(served));
+}
+
+absl::Status DomainDeviceReceiver::Answer(stream::MessageChannel& channel, const v1::PeerMessage& message) {
+  v1::PeerMessage out;
+  if (message.has_hello()) {
+    if (message.hello().migration_id() != migration_id_)
+      return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kInvalidArgument, "a hello of migration {}",
+                   message.hello().migration_id());
+    out.mutable_welcome()->set_version(stream::kProtocolVersion);
+    if (devices_) {
+      for (const vhost::Mediator* mediator : devices_->All()) {
+        if (mediator->TakesInflight()) out.mutable_welcome()->add_takes_inflight(mediator->name());
+        if (mediator->OrdersInflight()) out.mutable_welcome()->add_orders_inflight(mediator->name());
+      }
+    }
+    return channel.Send(out, Deadline::After(kGreeting));
+  }
+  if (!message.has_devices())
+    return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kInvalidArgument, "expected states of devices");
+  absl::Status taken;
+  for (const v1::DeviceState& state : message.devices().devices()) {
+    vhost::Mediator* mediator = devices_ ? devices_->Find(state.name()) : nullptr;
+    if (mediator == nullptr) {
+      taken = Error(v1::DESTINATION_BACKEND_FAILED, absl::StatusCode::kNotFound, "there is no device {} here",
+                    state.name());
+    } else {
+      taken = mediator->ExpectState(state);
+    }
+    if (!taken.ok()) break;
+  }
+  PausePoint(run_dir_, "devices-taken");
+  out.mutable_verdict()->set_migration_id(migration_id_);
+  out.mutable_verdict()->set_verdict(v1::IDLE);
+  out.mutable_verdict()->set_reason(taken.ok() ? v1::NONE : ReasonOf(taken, v1::DESTINATION_BACKEND_FAILED));
+  if (!taken.ok()) out.mutable_verdict()->set_message(Message(taken));
+  return channel.Send(out, Deadline::After(kGreeting));
+}
+
+}  // namespace baton::shim

@@ -1,0 +1,118 @@
+"""What QEMU can do while libvirt moves a domain, each with a guest that verifies itself: post-copy and its recovery,
+compression, auto-converge."""
+import sys
+import time
+import unittest
+
+from batonlab.cluster import summary
+from batonlab.lab import wait_until
+from batonlab.libvirt_case import SLOW, VM, LibvirtTest
+
+
+class ModesTest(LibvirtTest):
+    """With libvirt 11.3 and QEMU 10.0 at both ends: QEMU 7.2 loses what a busy guest under TCG writes, see
+    test_libvirt.py."""
+
+    BACKPORTS = {"a": "libvirt", "b": "libvirt"}
+
+
+class PostCopy(ModesTest):
+    # Writes more than the bandwidth lets through: pre-copy alone would never end.
+    CMDLINE = "lab.pages=8192 lab.dirty=4000 lab.blocks=256"
+    OPTIONS = ("--post-copy", "--on-stall", "postcopy", "--bandwidth", "16MiB", "--max-downtime", "50ms")
+
+    def begin_postcopy(self):
+        self.source, self.destination = self.ends()
+        self.held = []
+        name = self.migrate(self.destination, wait=False, options=self.OPTIONS)["name"]
+        wait_until(lambda: self.cluster.migration(name)["phase"] not in ("QUEUED", "PREPARING", "PRECOPY"),
+                   lambda: f"post-copy of {self.describe(name)}", 90, pause=0.02)
+        self.assertEqual(self.cluster.migration(name)["phase"], "POSTCOPY", self.describe(name))
+        return name
+
+    def finish(self, name):
+        ended = self.cluster.wait_ended(name)
+        self.assertEqual((ended["phase"], ended["guest_location"]), ("SUCCEEDED", "DESTINATION"), summary(ended))
+        self.assert_runs_only(self.destination)
+        self.assertIn("POSTCOPY", [time["phase"] for time in ended["phase_times"]])
+        self.assertIn("postcopy", [decision["action"] for decision in ended["progress"]["decisions"]])
+        self.assert_clean()
+        return ended
+
+    def test_a_guest_that_writes_too_fast_is_moved_all_the_same(self):
+        self.have_guest()
+        name = self.begin_postcopy()
+        # The limit that was given holds for post-copy as well, and can be lifted.
+        self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited")
+        self.finish(name)
+
+    def check_recovered(self, breaks):
+        self.have_guest()
+        name = self.begin_postcopy()
+        breaks()
+        self.finish(name)
+
+    def test_source_shim_dies_in_postcopy(self):
+        self.check_recovered(lambda: self.processes("baton-shim", self.source)[0].end())
+
+    def test_destination_shim_dies_in_postcopy(self):
+        self.check_recovered(lambda: self.processes("baton-shim", self.destination)[0].end())
+
+    def test_the_link_is_cut_in_postcopy(self):
+        def cut():
+            network = self.cluster.network
+            network.cut()
+            try:
+                wait_until(lambda: "failed" in (self.cluster.hosts[self.source].state(VM) or ""),
+                           lambda: f"post-copy to fail, the domain is {self.cluster.states(VM)}", 120, pause=0.2)
+            finally:
+                network.join()
+        self.check_recovered(cut)
+
+
+class Parameters(ModesTest):
+    def check_compressed(self, method, channels):
+        self.have_guest()
+        name = self.begin("precopy", options=("--compression", method, "--channels", str(channels)))
+        if method == "xbzrle":
+            # What QEMU's cache of pages has seen so far is part of libvirt's account of such a job only.
+            info = self.cluster.hosts[self.source].virsh("domjobinfo", VM).stdout
+            self.assertIn("Compression", info)
+        self.go_on(name)
+        ended = self.cluster.wait_ended(name)
+        self.assertEqual((ended["phase"], ended["guest_location"]), ("SUCCEEDED", "DESTINATION"), summary(ended))
+        self.assert_runs_only(self.destination)
+        self.assert_clean()
+
+    def test_xbzrle(self):
+        self.check_compressed("xbzrle", 1)
+
+    def test_zstd(self):
+        self.check_compressed("zstd", 2)
+
+    def test_zlib(self):
+        self.check_compressed("zlib", 2)
+
+
+class AutoConverge(ModesTest):
+    CMDLINE = PostCopy.CMDLINE
+
+    def test_a_guest_that_writes_too_fast_is_slowed_down(self):
+        self.have_guest()
+        self.source, self.destination = self.ends()
+        self.held = []
+        name = self.migrate(self.destination, wait=False,
+                            options=("--auto-converge", "--bandwidth", "16MiB", "--max-downtime", "50ms",
+                                     "--on-stall", "raise-downtime"))["name"]
+        libvirt = self.cluster.hosts[self.source]
+        wait_until(lambda: "Auto converge throttle" in libvirt.virsh("domjobinfo", VM, check=False).stdout,
+                   lambda: f"QEMU to slow the guest down in {self.describe(name)}", 90, pause=0.1)
+        self.go_on(name)
+        ended = self.cluster.wait_ended(name)
+        self.assertEqual((ended["phase"], ended["guest_location"]), ("SUCCEEDED", "DESTINATION"), summary(ended))
+        self.assert_runs_only(self.destination)
+        self.assert_clean()
+
+
+if __name__ == "__main__":
+    unittest.main(argv=[sys.argv[0], "-v", *sys.argv[1:]])
