@@ -32,6 +32,13 @@ bool PostCopyOnStall(const v1::MigrationParams& params) {
   return params.on_stall() == v1::ON_STALL_POSTCOPY && params.post_copy();
 }
 
+// QEMU begins no migration with post-copy whose vhost-user devices cannot do without pages for a while (the
+// protocol feature PAGEFAULT), and the mediator's cannot. The destination's findings say so.
+v1::StartOutgoingCommand WithoutImpossible(v1::StartOutgoingCommand command, bool mediated) {
+  if (mediated) command.mutable_params()->set_post_copy(false);
+  return command;
+}
+
 migration::ConvergenceLimits LimitsOf(const v1::MigrationParams& params) {
   migration::ConvergenceLimits limits;
   limits.max_downtime =
@@ -48,13 +55,13 @@ migration::ConvergenceLimits LimitsOf(const v1::MigrationParams& params) {
 DomainOutgoing::DomainOutgoing(DomainOutgoingParts parts, const v1::StartOutgoingCommand& command,
                                bool resume)
     : p_(std::move(parts)),
-      command_(command),
+      command_(WithoutImpossible(command, p_.devices != nullptr)),
       resume_(resume),
       reporter_(command.migration_id(), command.vm(), v1::ROLE_SOURCE, command.epoch(), p_.on_report),
       uuid_(p_.config.Get().domain_uuid()),
       watched_(std::make_shared<std::atomic<bool>>(!resume)),
       mover_(p_.local, uuid_),
-      convergence_(LimitsOf(command.params())) {
+      convergence_(LimitsOf(command_.params())) {
   thread_ = std::thread([this] { Run(); });
 }
 

@@ -1,6 +1,6 @@
 """Libvirt domains with a vhost-user disk of a real back-end: one that QEMU reaches itself, and one with Baton's mediator in
 between (batonctl vm mediate). Both move, the guest verifies its disk and memory."""
-import json
+import os
 import sys
 import time
 import unittest
@@ -10,6 +10,7 @@ from batonlab.cluster import summary
 from batonlab.lab import wait_until
 from batonlab.libvirt import VHOST_USER_DISK, DomainGuest, LibvirtCluster
 from batonlab.libvirt_case import VM, LibvirtTest, backports_of
+from batonlab.nic import ARP, RARP, NetDevice, Outside
 
 # See test_libvirt.py: QEMU before 9.0 loses what a busy guest under TCG writes during a migration.
 QUIET = "lab.pages=256 lab.dirty=20 lab.blocks=64 lab.writers=1 lab.delay_us=20000"
@@ -37,18 +38,19 @@ class BackendCluster(LibvirtCluster):
 class BackendTest(LibvirtTest):
     CMDLINE = QUIET
     MEDIATED = True
+    cluster_class = BackendCluster
     uuid = None
 
     @classmethod
     def make_cluster(cls):
-        return BackendCluster(cls.lab, secure=cls.SECURE, lab_storage=cls.LAB_STORAGE, usr=backports_of(cls.BACKPORTS))
+        return cls.cluster_class(cls.lab, secure=cls.SECURE, lab_storage=cls.LAB_STORAGE, usr=backports_of(cls.BACKPORTS))
 
     @classmethod
-    def describe_domain(cls, host):
+    def describe_domain(cls, host, **fields):
         """XML of a domain that knows nothing of Baton."""
         cls.uuid = str(uuid.uuid4())
         disk = VHOST_USER_DISK.format(path=cls.cluster.agents[host].storage.socket)
-        return cls.cluster.domain_xml(VM, cls.MEMORY, cls.CMDLINE, disk_xml=disk, uuid=cls.uuid)
+        return cls.cluster.domain_xml(VM, cls.MEMORY, cls.CMDLINE, disk_xml=disk, uuid=cls.uuid, **fields)
 
     def have_guest(self, host=None):
         cls = type(self)
@@ -206,6 +208,62 @@ class Handoff(BackendTest):
         return before == self.seen
 
     seen = None
+
+
+MAC = "52:54:00:ba:70:0b"
+IP = "10.88.0.2"
+NIC = f"""<interface type='vhostuser'>
+      <mac address='{MAC}'/>
+      <source type='unix' path='{{path}}' mode='client'/>
+      <model type='virtio'/>
+    </interface>"""
+
+
+class NicCluster(BackendCluster):
+    def __init__(self, lab, **options):
+        super().__init__(lab, **options)
+        wire = os.path.join(lab.dir, "wire.sock")
+        self.outside = Outside(wire, IP)
+        lab.undo.callback(self.outside.stop)
+        self.nics = {name: NetDevice(self, name, "net0", MAC, wire) for name in self.agents}
+        for name, agent in self.agents.items():
+            agent.settings["backends"]["net0"] = {"socket": self.nics[name].socket, "kind": "lab"}
+            agent.write_config()
+
+    def __enter__(self):
+        self.outside.start()
+        for nic in self.nics.values():
+            nic.start()
+        return super().__enter__()
+
+
+class MediatedNic(BackendTest):
+    """A NIC (the lab net device) and a disk: packets go on where the guest is."""
+
+    CMDLINE = f"{QUIET} lab.ip={IP}"
+    cluster_class = NicCluster
+
+    @classmethod
+    def describe_domain(cls, host):
+        return super().describe_domain(host, devices=NIC.format(path=cls.cluster.nics[host].socket))
+
+    def test_packets_go_on_there_and_back(self):
+        self.have_guest()
+        outside = self.cluster.outside
+        for to in reversed(self.ends()):
+            outside.wait_answers(20, timeout=60)
+            begin = time.monotonic()
+            self.move(to)
+            outside.wait_answers(50, timeout=60)
+            end = time.monotonic()
+            self.assertEqual((outside.damaged, outside.repeated), (0, 0))
+            self.assertLess(outside.longest_gap(begin, end), 10.0)
+            # Announced from where it is now: RARP by the back-end, or the guest's own ARP.
+            wires = {wire for kind in (ARP, RARP) for at, wire, source in outside.frames.get(kind, [])
+                     if at >= begin and source == bytes.fromhex(MAC.replace(":", ""))}
+            self.assertTrue(wires, "nothing announced the guest")
+            self.assertIn(outside.answers[max(outside.answers)][1], wires)
+        self.assert_clean()
 
 
 if __name__ == "__main__":

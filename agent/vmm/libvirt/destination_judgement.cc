@@ -262,7 +262,16 @@ class Judge {
            "without it, "
            "whatever the MEMLOCK limit. In plaintext Baton itself passes the pages on without copying them",
            "");
-    if (request_.params.post_copy() && facts_.userfaultfd_restricted)
+    if (!request_.params.post_copy()) return;
+    for (const DomainDevice& device : request_.domain.devices) {
+      if (device.mediated)
+        Warn("POSTCOPY_LEFT_OUT", fmt::format("{} {}", NameOf(device.type), device.name),
+             "its back-end would have to wait for pages that have not come yet (vhost-user's PAGEFAULT), "
+             "which "
+             "a mediator does not do; the migration goes on without post-copy",
+             "");
+    }
+    if (facts_.userfaultfd_restricted)
       Warn("POSTCOPY_MAY_FAIL", host_,
            "vm.unprivileged_userfaultfd is 0: a QEMU that does not run as root cannot take pages one by one",
            "sysctl vm.unprivileged_userfaultfd=1");

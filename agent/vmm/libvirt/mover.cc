@@ -97,6 +97,10 @@ absl::StatusOr<MoveCall> MakeMoveCall(const MoveSource& source, const v1::Domain
   }
   if (params.auto_converge()) call.flags |= VIR_MIGRATE_AUTO_CONVERGE;
   if (params.post_copy()) {
+    // multifd's pages are not those that a guest waits for (QEMU before 10.1).
+    if (parallel)
+      return absl::InvalidArgumentError(
+          "post-copy needs a single channel: QEMU cannot do it with several (--channels 1, no zlib or zstd)");
     call.flags |= VIR_MIGRATE_POSTCOPY;
     // QEMU knows two limits. Pages that the guest waits for are sent at once whatever they are.
     if (params.bandwidth() > 0) add(VIR_MIGRATE_PARAM_BANDWIDTH_POSTCOPY, InMiB(params.bandwidth()));

@@ -61,7 +61,7 @@ DOMAIN = """<domain type='qemu'>
     <controller type='usb' model='none'/>
     <serial type='unix'>
       <source mode='bind' path='{console}'/>
-      <log file='/var/log/libvirt/{name}.console.log' append='on'/>
+      <log file='{console_log}' append='on'/>
     </serial>
     <memballoon model='virtio' freePageReporting='on'/>
     {devices}
@@ -348,7 +348,8 @@ class LibvirtCluster(Cluster):
 
     def domain_xml(self, name, memory=128, cmdline="", disk=None, **fields):
         fields = {"uuid": uuid.uuid4(), "machine": self.machine, "emulator": self.emulator,
-                  "console": CONSOLE.format(name=name), "disk_xml": FILE_DISK.format(path=disk), "devices": "", **fields}
+                  "console": CONSOLE.format(name=name), "console_log": f"/var/log/libvirt/{name}.console.log",
+                  "disk_xml": FILE_DISK.format(path=disk), "devices": "", **fields}
         return DOMAIN.format(name=name, memory=memory, cmdline=cmdline, guest_dir=self.guest_dir, **fields)
 
     @staticmethod

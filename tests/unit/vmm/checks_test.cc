@@ -262,6 +262,14 @@ TEST_F(DestinationTest, Parameters) {
   facts_.userfaultfd_restricted = true;
   request_.params.set_post_copy(true);
   EXPECT_TRUE(Says("POSTCOPY_MAY_FAIL", v1::WARNING));
+  EXPECT_FALSE(Says("POSTCOPY_LEFT_OUT", v1::WARNING));
+  DomainDevice disk;
+  disk.type = DeviceType::kDisk;
+  disk.name = "vdz";
+  disk.attachment = Attachment::kVhostUser;
+  disk.mediated = true;
+  request_.domain.devices.push_back(disk);
+  EXPECT_TRUE(Says("POSTCOPY_LEFT_OUT", v1::WARNING));
 }
 
 class SourceTest : public testing::Test {

@@ -126,6 +126,14 @@ TEST(MoveCall, PostCopy_OnlyWhereItIsAllowed) {
   ASSERT_TRUE(call.ok());
   EXPECT_TRUE(call->flags & VIR_MIGRATE_POSTCOPY);
   EXPECT_TRUE(call->flags & VIR_MIGRATE_AUTO_CONVERGE);
+  EXPECT_TRUE(All(*call, VIR_MIGRATE_PARAM_BANDWIDTH_POSTCOPY).empty());
+  params.set_bandwidth(5 << 20);
+  call = MakeMoveCall({}, Target(), params);
+  ASSERT_TRUE(call.ok());
+  EXPECT_THAT(All(*call, VIR_MIGRATE_PARAM_BANDWIDTH_POSTCOPY),
+              testing::ElementsAre(MoveCall::Value(uint64_t{5})));
+  params.set_channels(2);
+  EXPECT_THAT(Message(MakeMoveCall({}, Target(), params).status()), HasSubstr("single channel"));
 }
 
 TEST(MoveCall, SessionUri_KeepsItsPath) {
