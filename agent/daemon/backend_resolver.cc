@@ -71,18 +71,28 @@ absl::StatusOr<v1::ResolvedDevice> BackendResolver::ResolveBackend(const std::st
   out.set_name(device.name());
   *out.mutable_backend() = device.backend();
   bool arriving = !migration_id.empty();
-  if (!arriving && !device.backend().socket().empty()) return out;
+  const bool named = !arriving && !device.backend().socket().empty();
   for (const std::string& key : {vm + "/" + device.name(), device.name(), std::string("*")}) {
     auto found = config_.backends.find(key);
     if (found == config_.backends.end()) continue;
     const v1::Backend& configured = found->second;
-    out.mutable_backend()->set_socket(
-        Replace(Replace(configured.socket(), "{vm}", vm), "{device}", device.name()));
+    const std::string socket = Replace(Replace(configured.socket(), "{vm}", vm), "{device}", device.name());
+    if (named) {
+      // It is known where it is; what kind it is may be said here alone.
+      if (socket != device.backend().socket()) break;
+      if (out.backend().kind() == v1::BACKEND_KIND_UNSPECIFIED)
+        out.mutable_backend()->set_kind(configured.kind());
+      if (out.backend().recovery() == v1::RECOVERY_DEFAULT)
+        out.mutable_backend()->set_recovery(configured.recovery());
+      return out;
+    }
+    out.mutable_backend()->set_socket(socket);
     if (configured.kind() != v1::BACKEND_KIND_UNSPECIFIED) out.mutable_backend()->set_kind(configured.kind());
     if (configured.recovery() != v1::RECOVERY_DEFAULT)
       out.mutable_backend()->set_recovery(configured.recovery());
     return out;
   }
+  if (named) return out;
   if (config_.backend_hook) {
     ASSIGN_OR_RETURN(v1::Backend made, RunHook("create", vm, device, migration_id, deadline));
     out.mutable_backend()->set_socket(made.socket());

@@ -15,10 +15,10 @@ class BackendResolver {
  public:
   explicit BackendResolver(const AgentConfig& config) : config_(config) {}
 
-  // For a VM that starts here: the spec's own socket, else `backends` ("vm/device", "device", "*"), else the
-  // hook. `migration_id` set: for one that arrives; the spec's socket, which was meant for another host, then
-  // comes last. NotFound if nothing names one. A back-end made by the hook is marked and must be given to
-  // Release in the end.
+  // For a VM that starts here: the spec's own socket (of what kind it is, `backends` may say where they name
+  // the same one), else `backends` ("vm/device", "device", "*"), else the hook. `migration_id` set: for one
+  // that arrives; the spec's socket, which was meant for another host, then comes last. NotFound if nothing
+  // names one. A back-end made by the hook is marked and must be given to Release in the end.
   absl::StatusOr<v1::ResolvedDevice> Resolve(const std::string& vm, const v1::DeviceSpec& device,
                                              const std::string& migration_id, Deadline deadline) const;
   // Has the hook take away what it made; does nothing for other back-ends. A hook that fails is logged.

@@ -257,7 +257,9 @@ void DomainManager::OnReport(const EntryPtr& entry, const v1::SideReport& report
     auto acknowledged = entry->Call(request, Deadline::After(kDomainAck));
     if (!acknowledged.ok()) LOG_DEBUG("report not acknowledged: {}", Message(acknowledged.status()));
     if (auto conf = store_.Read(entry->name()); conf.ok()) entry->set_conf(*conf);
-    if (!entry->conf().domain_host().resident() || report.handover() == v1::RELEASED)
+    // One whose domain did not come has nothing to serve either.
+    const bool refused = report.role() == v1::ROLE_DESTINATION && report.handover() == v1::REFUSED;
+    if (!entry->conf().domain_host().resident() || report.handover() == v1::RELEASED || refused)
       Retire(entry, report.handover() == v1::RELEASED ? "moved to another host" : "its migration has ended");
   });
 }

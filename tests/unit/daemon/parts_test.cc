@@ -76,6 +76,17 @@ TEST(BackendResolver, SpecsSocketIsFirstAtStartAndLastAtArrival) {
   EXPECT_EQ(resolver.Resolve("v", Disk("/spec"), "m1", Soon())->backend().socket(), "/config");
 }
 
+TEST(BackendResolver, KindOfANamedSocketIsWhatIsSaidOfThatSocket) {
+  AgentConfig config;
+  config.backends["disk0"].set_socket("/there/{vm}");
+  config.backends["disk0"].set_kind(v1::SPDK);
+  BackendResolver resolver(config);
+  EXPECT_EQ(resolver.Resolve("v", Disk("/there/v"), "", Soon())->backend().kind(), v1::SPDK);
+  EXPECT_EQ(resolver.Resolve("v", Disk("/other"), "", Soon())->backend().kind(),
+            v1::BACKEND_KIND_UNSPECIFIED);
+  EXPECT_EQ(resolver.Resolve("v", Disk("/other"), "", Soon())->backend().socket(), "/other");
+}
+
 TEST(BackendResolver, NothingNamesOne) {
   AgentConfig config;
   auto none = BackendResolver(config).Resolve("v", Disk(), "m1", Soon());
