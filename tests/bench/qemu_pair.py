@@ -87,7 +87,7 @@ class QemuPair:
                    "-serial", f"unix:{console},server=on,wait=off", "-qmp", f"unix:{control},server=on,wait=off"]
         if self.kernel:
             command += ["-kernel", self.kernel, "-initrd", self.initrd, "-append",
-                        f"console=ttyS0 quiet panic=-1 {self.cmdline}",
+                        f"console=ttyS0 quiet no_timer_check panic=-1 {self.cmdline}",
                         "-device", "virtio-balloon-pci,free-page-reporting=on"]
         if self.sockets:
             command += ["-chardev", f"socket,id=c0,path={self.sockets[at]}",

@@ -48,7 +48,7 @@ DOMAIN = """<domain type='qemu'>
     <type arch='x86_64' machine='{machine}'>hvm</type>
     <kernel>{guest_dir}/vmlinuz</kernel>
     <initrd>{guest_dir}/initrd.gz</initrd>
-    <cmdline>console=ttyS0 quiet panic=-1 {cmdline}</cmdline>
+    <cmdline>console=ttyS0 quiet no_timer_check panic=-1 {cmdline}</cmdline>
   </os>
   <features><acpi/></features>
   <cpu mode='custom' match='exact'><model fallback='forbid'>qemu64</model></cpu>
