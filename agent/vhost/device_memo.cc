@@ -177,6 +177,7 @@ absl::StatusOr<InflightRegion> DeviceMemo::MakeRegion(InflightDescription descri
     ASSIGN_OR_RETURN(out.fd, MakeOwn(RegionPath(device.inflight_file), description.mmap_size));
   }
   RETURN_IF_ERROR(WriteAll(out.fd.get(), content, "writing the in-flight region"));
+  ASSIGN_OR_RETURN(out.map, FragileMapping::Map(out.fd.get(), description.mmap_size));
   struct stat st;
   if (::fstat(out.fd.get(), &st) != 0) return ErrnoError(errno, "in-flight region");
   device.inflight = description;
@@ -199,12 +200,14 @@ absl::StatusOr<InflightRegion> DeviceMemo::OpenRegion() const {
   if (directory_.empty()) {
     out.fd.reset(::fcntl(memory_region_.get(), F_DUPFD_CLOEXEC, 0));
     if (!out.fd) return ErrnoError(errno, "in-flight region");
+    ASSIGN_OR_RETURN(out.map, FragileMapping::Map(out.fd.get(), out.description.mmap_size));
     return out;
   }
   auto fd = OpenOwn(RegionPath(device.inflight_file), device.inflight.mmap_size, device.inflight_inode);
   if (absl::IsNotFound(fd.status())) return absl::DataLossError(Message(fd.status()));
   if (!fd.ok()) return fd.status();
   out.fd = std::move(*fd);
+  ASSIGN_OR_RETURN(out.map, FragileMapping::Map(out.fd.get(), out.description.mmap_size));
   return out;
 }
 

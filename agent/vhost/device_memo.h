@@ -14,9 +14,9 @@
 // writer (the shim's journal lock sees to that). Nothing is written per request.
 //
 // Security model: the back-end holds the descriptor of the region and may write anything into it or truncate
-// it; the region is therefore never mapped here, but read and written with pread and pwrite, and judged
-// afterwards (agent/virtio/inflight.h). The memo's descriptor is given to nobody. Found files are opened
-// without following links and must be regular, ours, 0600 and of the size that was noted.
+// it; the region is therefore only copied from, with pread or through a mapping that bears that, written with
+// pwrite, and judged afterwards (agent/virtio/inflight.h). The memo's descriptor is given to nobody. Found
+// files are opened without following links and must be regular, ours, 0600 and of the size that was noted.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +26,7 @@
 
 #include "agent/vhost/wire.h"
 #include "common/fd.h"
+#include "common/fragile_mapping.h"
 #include "common/status.h"
 
 namespace baton::vhost {
@@ -73,6 +74,7 @@ struct MemoRing {
 struct InflightRegion {
   InflightDescription description{};
   UniqueFd fd;
+  FragileMapping map;  // of description.mmap_size bytes, from the beginning of the file
   explicit operator bool() const { return fd.valid(); }
 };
 

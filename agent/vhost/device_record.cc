@@ -46,7 +46,8 @@ absl::StatusOr<virtio::SplitRing> DeviceRecord::Split(uint32_t index) const {
                    Translate(*this, index, "descriptor table", addr.desc, virtio::SplitDescBytes(n)));
   ASSIGN_OR_RETURN(ring.avail, Translate(*this, index, "avail ring", addr.avail, virtio::SplitAvailBytes(n)));
   ASSIGN_OR_RETURN(ring.used, Translate(*this, index, "used ring", addr.used, virtio::SplitUsedBytes(n)));
-  RETURN_IF_ERROR(Annotate(virtio::CheckSplitGeometry(ring), fmt::format("ring {}", index)));
+  if (absl::Status ok = virtio::CheckSplitGeometry(ring); !ok.ok())
+    return Annotate(ok, fmt::format("ring {}", index));
   return ring;
 }
 
@@ -61,7 +62,8 @@ absl::StatusOr<virtio::PackedRing> DeviceRecord::Packed(uint32_t index) const {
                    Translate(*this, index, "driver event area", addr.avail, virtio::kPackedEventBytes));
   ASSIGN_OR_RETURN(ring.device_event,
                    Translate(*this, index, "device event area", addr.used, virtio::kPackedEventBytes));
-  RETURN_IF_ERROR(Annotate(virtio::CheckPackedGeometry(ring), fmt::format("ring {}", index)));
+  if (absl::Status ok = virtio::CheckPackedGeometry(ring); !ok.ok())
+    return Annotate(ok, fmt::format("ring {}", index));
   return ring;
 }
 

@@ -81,28 +81,25 @@ absl::StatusOr<uint32_t> Frontend::GetVringBase(uint32_t index, Deadline deadlin
   return state.num;
 }
 
-absl::StatusOr<std::vector<uint32_t>> Frontend::GetVringBases(Request request,
-                                                              std::span<const uint32_t> indices, uint32_t num,
-                                                              bool pipelined, Deadline deadline) {
+absl::Status Frontend::GetVringBases(Request request, std::span<const uint32_t> indices, uint32_t num,
+                                     bool pipelined, Deadline deadline,
+                                     absl::FunctionRef<void(uint32_t index, uint32_t base)> take) {
   if (overdue_) return absl::InternalError("a request while the answer to another is overdue");
-  std::vector<uint32_t> bases;
-  bases.reserve(indices.size());
-  auto take = [&](const VringState& state) -> absl::Status {
-    const uint32_t index = indices[bases.size()];
+  auto check_and_take = [&](uint32_t index, const VringState& state) -> absl::Status {
     if (state.index != index) {
       return Error(absl::StatusCode::kInvalidArgument, "reply to {} of ring {} is about ring {}",
                    RequestName(static_cast<uint32_t>(request)), index, state.index);
     }
-    bases.push_back(state.num);
+    take(index, state.num);
     return absl::OkStatus();
   };
   if (!pipelined) {
     for (uint32_t index : indices) {
       const VringState wanted{index, num};
       ASSIGN_OR_RETURN(WireMessage reply, Call(request, Bytes(wanted), {}, deadline));
-      RETURN_IF_ERROR(take(reply.As<VringState>()));
+      RETURN_IF_ERROR(check_and_take(index, reply.As<VringState>()));
     }
-    return bases;
+    return absl::OkStatus();
   }
   struct Pipelined {
     Header header;
@@ -115,17 +112,21 @@ absl::StatusOr<std::vector<uint32_t>> Frontend::GetVringBases(Request request,
   const std::span<uint8_t> bytes(reinterpret_cast<uint8_t*>(batch.data()), batch.size() * sizeof(Pipelined));
   if (absl::Status sent = connection_.SendRaw(bytes, deadline); !sent.ok())
     return absl::IsDeadlineExceeded(sent) ? absl::UnavailableError(Message(sent)) : sent;
-  // The answers take the requests' place: all of one length, and mostly there at once.
+  // The answers take the requests' place: all of one length, and while one is taken the next ones come.
   WireMessage reply;
   reply.payload.resize(sizeof(VringState));
-  for (size_t got = 0; bases.size() < batch.size();) {
-    RETURN_IF_ERROR(AwaitReadable(request, deadline));
+  size_t taken = 0;
+  for (size_t got = 0; taken < batch.size();) {
     ASSIGN_OR_RETURN(const size_t n, connection_.ReceiveRaw(bytes.subspan(got)));
+    if (n == 0) {
+      RETURN_IF_ERROR(AwaitReadable(request, deadline));
+      continue;
+    }
     got += n;
-    while (bases.size() < batch.size()) {
-      const size_t begin = bases.size() * sizeof(Pipelined);
+    while (taken < batch.size()) {
+      const size_t begin = taken * sizeof(Pipelined);
       if (got < begin + sizeof(Header)) break;
-      const Pipelined& answer = batch[bases.size()];
+      const Pipelined& answer = batch[taken];
       // Of another length it would be out of step with those that follow.
       if (answer.header.size != sizeof(VringState)) {
         return Error(absl::StatusCode::kInvalidArgument, "reply to {}: {} bytes instead of {}",
@@ -134,10 +135,11 @@ absl::StatusOr<std::vector<uint32_t>> Frontend::GetVringBases(Request request,
       if (got < begin + sizeof(Pipelined)) break;
       reply.header = answer.header;
       RETURN_IF_ERROR(ValidateReply(request, reply, sizeof(VringState)));
-      RETURN_IF_ERROR(take(answer.state));
+      RETURN_IF_ERROR(check_and_take(indices[taken], answer.state));
+      ++taken;
     }
   }
-  return bases;
+  return absl::OkStatus();
 }
 
 absl::StatusOr<WireMessage> Frontend::FinishOverdue(Deadline deadline) {

@@ -1,6 +1,8 @@
 // The front-end side of vhost-user: what the mediator and the probe say to a back-end.
 #pragma once
 
+#include <absl/functional/function_ref.h>
+
 #include <functional>
 #include <memory>
 #include <optional>
@@ -39,13 +41,14 @@ class Frontend {
   // Requests with an answer of their own. `request` must be one that answers with a u64.
   absl::StatusOr<uint64_t> GetU64(Request request, Deadline deadline);
   absl::StatusOr<uint32_t> GetVringBase(uint32_t index, Deadline deadline);
-  // The bases of many rings by `request` (GET_VRING_BASE or GET_VRING_BASE_SKIP_DRAIN), in the order of
-  // `indices`. `num`: what the request carries beside the index; 0 by the specification. `pipelined`: all
-  // requests leave with one system call, before the first answer is there; vhost-user.rst leaves open whether
-  // a back-end has to bear that, so only for kinds that are known to. kDeadlineExceeded: not all have
-  // answered; unlike elsewhere, the connection must be dropped then if `pipelined`.
-  absl::StatusOr<std::vector<uint32_t>> GetVringBases(Request request, std::span<const uint32_t> indices,
-                                                      uint32_t num, bool pipelined, Deadline deadline);
+  // The bases of many rings by `request` (GET_VRING_BASE or GET_VRING_BASE_SKIP_DRAIN): `take` is called with
+  // each, in the order of `indices`, as soon as it is there. `num`: what the request carries beside the
+  // index; 0 by the specification. `pipelined`: all requests leave with one system call, before the first
+  // answer is there; vhost-user.rst leaves open whether a back-end has to bear that, so only for kinds that
+  // are known to. kDeadlineExceeded: not all have answered; unlike elsewhere, the connection must be dropped
+  // then if `pipelined`. `take` may not use this object.
+  absl::Status GetVringBases(Request request, std::span<const uint32_t> indices, uint32_t num, bool pipelined,
+                             Deadline deadline, absl::FunctionRef<void(uint32_t index, uint32_t base)> take);
   // After a request that ended with kDeadlineExceeded its answer is still to come: nothing else may be sent
   // until FinishOverdue has succeeded (call it when fd() is readable).
   bool overdue() const { return overdue_.has_value(); }

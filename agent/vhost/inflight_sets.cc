@@ -17,7 +17,6 @@ absl::StatusOr<virtio::InflightGeometry> Mediator::Impl::RegionGeometry() const 
       d.num_queues, d.queue_size, static_cast<uint64_t>(st.st_size));
 }
 
-// By pread: a back-end that truncates the file must not be able to end this process.
 absl::Status Mediator::Impl::CopyPart(const virtio::InflightGeometry& geometry, uint32_t index,
                                       std::vector<uint8_t>* part) const {
   if (index >= geometry.num_queues) {
@@ -26,38 +25,30 @@ absl::Status Mediator::Impl::CopyPart(const virtio::InflightGeometry& geometry, 
   }
   part->resize(geometry.stride);
   const uint64_t at = geometry.mmap_offset + geometry.stride * index;
-  for (size_t done = 0; done < part->size();) {
-    const ssize_t n = ::pread(record_.inflight.fd.get(), part->data() + done, part->size() - done,
-                              static_cast<off_t>(at + done));
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return ErrnoError(errno, "reading the in-flight region");
-    if (n == 0) {
-      return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
-                   "the in-flight region was made shorter by its back-end");
-    }
-    done += static_cast<size_t>(n);
-  }
-  return absl::OkStatus();
+  if (record_.inflight.map.Copy(at, part->data(), part->size())) return absl::OkStatus();
+  return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+               "the in-flight region was made shorter by its back-end");
 }
 
-absl::StatusOr<virtio::InflightSet> Mediator::Impl::ReadSet(const virtio::MemoryView& memory,
-                                                            std::span<const uint8_t> part, uint32_t index,
-                                                            uint32_t base) const {
+absl::StatusOr<const virtio::InflightSet*> Mediator::Impl::ReadSet(const virtio::MemoryView& memory,
+                                                                   std::span<const uint8_t> part,
+                                                                   uint32_t index, uint32_t base,
+                                                                   virtio::InflightReader* reader) const {
   const virtio::InflightTraits& traits = virtio::TraitsOf(quirks_.inflight);
   if (record_.packed()) {
     ASSIGN_OR_RETURN(virtio::PackedRing ring, record_.Packed(index));
-    ASSIGN_OR_RETURN(virtio::InflightSet set, virtio::ReadInflightPacked(part, memory, ring));
-    RETURN_IF_ERROR(virtio::NormaliseBase(base, traits.packed_base_is_16_bit, ring.size, set).status());
+    ASSIGN_OR_RETURN(const virtio::InflightSet* set, reader->ReadPacked(part, memory, ring));
+    RETURN_IF_ERROR(virtio::NormaliseBase(base, traits.packed_base_is_16_bit, ring.size, *set).status());
     return set;
   }
   ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
   ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(memory, ring));
-  ASSIGN_OR_RETURN(virtio::InflightSet set,
-                   virtio::ReadInflightSplit(
-                       part, ring.size, indices.used,
-                       traits.single_completions ? virtio::BatchRule::kSingle : virtio::BatchRule::kLinked));
-  RETURN_IF_ERROR(virtio::NormaliseBase(base, indices.used, static_cast<uint16_t>(set.size())).status());
-  RETURN_IF_ERROR(virtio::CheckSplitInvariants(ring.size, set.last_avail(), indices));
+  ASSIGN_OR_RETURN(
+      const virtio::InflightSet* set,
+      reader->ReadSplit(part, ring.size, indices.used,
+                        traits.single_completions ? virtio::BatchRule::kSingle : virtio::BatchRule::kLinked));
+  RETURN_IF_ERROR(virtio::NormaliseBase(base, indices.used, static_cast<uint16_t>(set->size())).status());
+  RETURN_IF_ERROR(virtio::CheckSplitInvariants(ring.size, set->last_avail(), indices));
   return set;
 }
 

@@ -7,10 +7,10 @@ namespace baton::vhost {
 namespace {
 
 void SetRange(std::vector<uint64_t>& words, uint64_t gpa, uint64_t size) {
-  for (uint64_t page = gpa / memory::kPageSize; page <= (gpa + size - 1) / memory::kPageSize; ++page) {
-    if (words.size() <= page / 64) words.resize(page / 64 + 1, 0);
+  const uint64_t last = (gpa + size - 1) / memory::kPageSize;
+  if (words.size() <= last / 64) words.resize(last / 64 + 1, 0);
+  for (uint64_t page = gpa / memory::kPageSize; page <= last; ++page)
     words[page / 64] |= uint64_t{1} << (page % 64);
-  }
 }
 
 }  // namespace
@@ -166,7 +166,8 @@ void Mediator::Impl::MarkBuffersDirty(const std::vector<virtio::GuestSpan>& buff
   if (!logging_ || *total > last) return;
   std::lock_guard lock(log_mutex_);
   for (const virtio::GuestSpan& buffer : buffers) {
-    if (buffer.size == 0 || buffer.gpa > last || buffer.size - 1 > last - buffer.gpa) continue;
+    // A size of 0 is the largest there is here.
+    if (buffer.gpa > last || buffer.size - 1 > last - buffer.gpa) continue;
     *total += buffer.size;
     if (*total > last) return SetBits(0, last + 1);
     SetBits(buffer.gpa, buffer.size);

@@ -283,8 +283,12 @@ void Mediator::Impl::Publish() {
   bool changed;
   {
     std::lock_guard lock(mutex_);
-    changed = d.SerializeAsString() != published_.SerializeAsString();
-    if (changed) published_ = d;
+    std::string bytes = d.SerializeAsString();
+    changed = bytes != published_bytes_;
+    if (changed) {
+      published_ = d;
+      published_bytes_ = std::move(bytes);
+    }
     published_expected_ = expected_result_;
     published_vmm_ = vmm_.valid();
     if (stop_began_ && stop_ended_) stop_duration_ = *stop_ended_ - *stop_began_;

@@ -233,8 +233,9 @@ class Mediator::Impl {
   absl::Status CopyPart(const virtio::InflightGeometry& geometry, uint32_t index,
                         std::vector<uint8_t>* part) const;
   // What one queue's part says, checked against the ring, and against the back-end's answer to its stop.
-  absl::StatusOr<virtio::InflightSet> ReadSet(const virtio::MemoryView& memory, std::span<const uint8_t> part,
-                                              uint32_t index, uint32_t base) const;
+  absl::StatusOr<const virtio::InflightSet*> ReadSet(const virtio::MemoryView& memory,
+                                                     std::span<const uint8_t> part, uint32_t index,
+                                                     uint32_t base, virtio::InflightReader* reader) const;
 
   // --- suspend.cc, fence.cc: the stop of a migration ---
   // With the first queue that the VMM stops. Suspends, or drains as far as that can be done for all at once.
@@ -248,7 +249,14 @@ class Mediator::Impl {
   absl::Status LiftSuspend();
   // Stops all without completing; an error says why that may not be, and then they run again.
   absl::Status SuspendRings();
-  absl::Status JudgeSets(const std::vector<uint32_t>& rings, const std::vector<uint32_t>& bases);
+  // Makes stop_space_ ready.
+  void PrepareSpace();
+  // What the rings that have stopped so far have in flight, and whether that may go over.
+  struct Judgement;
+  // `base`: the back-end's answer.
+  absl::Status JudgeRing(uint32_t index, uint32_t base, Judgement* judgement);
+  // After the last ring.
+  absl::Status JudgeAll(const Judgement& judgement) const;
   void ResumeSuspended(const std::vector<uint32_t>& rings);
   // The base as the VMM is told it: the next request to fetch.
   uint32_t ToldBase(const virtio::InflightSet& set) const;
@@ -416,6 +424,15 @@ class Mediator::Impl {
     }
   };
   MigrationStop stop_;
+  // Memory for a stop with handoff, touched before it begins: the first touch of a page costs more than what
+  // is done with it, and the guest stands still. One ring after the other goes through the same buffers.
+  struct StopSpace {
+    std::vector<uint8_t> part;
+    virtio::InflightReader reader;
+    std::vector<virtio::GuestSpan> buffers;
+    std::map<uint32_t, v1::VringState> states;  // by ring, empty
+  };
+  StopSpace stop_space_;
   bool fenced_ = false;
   // Rings (and their sizes) whose requests in flight came from another host and are in the region.
   std::map<uint32_t, uint32_t> taken_over_;
@@ -440,6 +457,7 @@ class Mediator::Impl {
   mutable std::condition_variable changed_;
   std::deque<std::function<void()>> posted_;  // guarded by mutex_
   v1::Device published_;                      // guarded by mutex_
+  std::string published_bytes_;               // guarded by mutex_
   uint64_t change_count_ = 0;                 // guarded by mutex_
   std::optional<StopOrder> armed_;            // guarded by mutex_
   v1::DeviceStop stop_told_;                  // guarded by mutex_

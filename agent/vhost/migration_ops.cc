@@ -13,6 +13,8 @@ constexpr Duration kRoundTrip = std::chrono::milliseconds(20);
 absl::Status Mediator::Impl::ArmStop(StopOrder order) {
   return Run(
       [this, order] {
+        stop_space_ = {};
+        if (order.handoff) PrepareSpace();
         std::lock_guard lock(mutex_);
         armed_ = order;
         stop_duration_ = {};
@@ -33,6 +35,7 @@ absl::Status Mediator::Impl::DisarmStop() {
         stop_began_.reset();
         stop_ended_.reset();
         stop_ = {};
+        stop_space_ = {};
         return absl::OkStatus();
       },
       Deadline::After(options_.request_timeout * 2));

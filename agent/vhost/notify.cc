@@ -15,6 +15,8 @@ namespace baton::vhost {
 void BlockSignals() {
   sigset_t signals;
   sigfillset(&signals);
+  // A fault that is blocked ends the process without asking anybody (FragileMapping).
+  for (int fault : {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&signals, fault);
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
 }
 

@@ -18,25 +18,20 @@ class RamView final : public virtio::MemoryView {
       pieces_.push_back({range.gpa, range.size, ram.blocks()[range.block].base() + range.offset});
   }
   absl::Status Read(uint64_t gpa, void* out, size_t size) const override {
-    const uint8_t* at = RamView::Mapped(gpa, size);
+    const uint8_t* at = RamView::PieceAt(gpa).At(gpa, size);
     if (!at)
       return Error(absl::StatusCode::kOutOfRange, "[{:#x}, {:#x}) is not guest memory", gpa, gpa + size);
     std::memcpy(out, at, size);
     return absl::OkStatus();
   }
-  const uint8_t* Mapped(uint64_t gpa, size_t size) const override {
+  Piece PieceAt(uint64_t gpa) const override {
     for (const Piece& piece : pieces_) {
-      const uint64_t at = gpa - piece.gpa;
-      if (gpa >= piece.gpa && at < piece.size && size <= piece.size - at) return piece.base + at;
+      if (piece.At(gpa, 1)) return piece;
     }
-    return nullptr;
+    return {};
   }
 
  private:
-  struct Piece {
-    uint64_t gpa, size;
-    const uint8_t* base;
-  };
   std::vector<Piece> pieces_;
 };
 

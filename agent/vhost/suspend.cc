@@ -14,7 +14,21 @@
 namespace baton::vhost {
 namespace {
 
+// Most that is set aside for what is to be said of rings; all that a device of usual size needs.
+constexpr size_t kMaxStateSpace = size_t{16} << 20;
+
 absl::Status Unsafe(const std::string& why) { return absl::FailedPreconditionError(why); }
+
+// A split ring's descriptors are in the cache of another processor, and will be here when the region's part
+// has been analysed. (Of a packed ring the part has a copy.)
+void PrefetchDescriptors(const virtio::MemoryView& memory, const DeviceRecord& record, uint32_t index) {
+  if (record.packed()) return;
+  const auto ring = record.Split(index);
+  if (!ring.ok()) return;
+  const uint64_t bytes = virtio::SplitDescBytes(ring->size);
+  const uint8_t* at = memory.PieceAt(ring->desc).At(ring->desc, bytes);
+  for (uint64_t line = 0; at && line < bytes; line += 64) __builtin_prefetch(at + line);
+}
 
 // Whether any two requests touch the same sector and one of them writes.
 bool AnyOverlap(const std::vector<virtio::BlkRequest>& requests) {
@@ -74,18 +88,55 @@ void Mediator::Impl::DrainRings() {
     if (!AwaitAllUsed(index, StopDeadline(false))) return;
   }
   if (rings.size() < 2) return;
-  auto bases = link_.frontend->GetVringBases(Request::kGetVringBase, rings, 0, true, StopDeadline(false));
-  if (!bases.ok()) {
-    LoseBackend(bases.status());
-    return;
-  }
-  for (size_t i = 0; i < rings.size(); ++i) {
-    AppliedVring& applied = link_.vrings[rings[i]];
-    applied.running = false;
-    applied.base = (*bases)[i];
-    MarkRingDirty(rings[i]);
-  }
+  absl::Status asked = link_.frontend->GetVringBases(
+      Request::kGetVringBase, rings, 0, true, StopDeadline(false), [this](uint32_t index, uint32_t base) {
+        AppliedVring& applied = link_.vrings[index];
+        applied.running = false;
+        applied.base = base;
+        MarkRingDirty(index);
+      });
+  if (!asked.ok()) LoseBackend(asked);
 }
+
+void Mediator::Impl::PrepareSpace() {
+  StopSpace& space = stop_space_;
+  if (auto stride = RegionStride(record_.inflight.description); record_.inflight && stride.ok())
+    space.part.resize(*stride);
+  size_t left = kMaxStateSpace;
+  uint32_t largest = 0;
+  for (const auto& [index, vring] : record_.vrings) {
+    if (!vring.started) continue;
+    const uint32_t n = vring.num;
+    largest = std::max(largest, n);
+    const size_t each = record_.packed() ? 2 * sizeof(uint32_t) + sizeof(virtio::InflightDesc) : 4;
+    if (n * each > left) continue;
+    left -= n * each;
+    v1::VringState& state = space.states[index];
+    state.mutable_inflight()->Resize(static_cast<int>(n), 0);
+    if (record_.packed()) {
+      state.mutable_chain_lengths()->Resize(static_cast<int>(n), 0);
+      state.mutable_descriptors()->resize(n * sizeof(virtio::InflightDesc));
+    }
+    // Which keeps the memory.
+    state.Clear();
+  }
+  space.reader.Reserve(record_.packed() ? virtio::RingFormat::kPacked : virtio::RingFormat::kSplit,
+                       static_cast<uint16_t>(largest));
+  space.buffers.resize(largest);
+}
+
+struct Mediator::Impl::Judgement {
+  explicit Judgement(const Impl& impl)
+      : geometry(impl.RegionGeometry()), memory(impl.StopMemory(&ram)), order_kept(impl.OrderKept()) {}
+
+  const absl::StatusOr<virtio::InflightGeometry> geometry;
+  std::optional<RamView> ram;
+  const virtio::MemoryView& memory;
+  const bool order_kept;
+  virtio::ClassesPresent classes;
+  std::vector<virtio::BlkRequest> requests;  // where the order is not kept
+  uint64_t marked = 0;                       // bytes
+};
 
 absl::Status Mediator::Impl::SuspendRings() {
   const HandoffObstacles obstacles =
@@ -97,31 +148,36 @@ absl::Status Mediator::Impl::SuspendRings() {
   Frontend& fe = *link_.frontend;
   const bool skip_drain = (offer_.protocol_features & pf::kSkipDrain) != 0;
   const Deadline deadline = StopDeadline(false).Min(Deadline::After(options_.request_timeout));
-  // Bit 20 is about every GET_VRING_BASE, also those of a guest that resets its device. So it is only
-  // negotiated for this one.
-  auto bases = [&]() -> absl::StatusOr<std::vector<uint32_t>> {
-    if (skip_drain) {
-      return fe.GetVringBases(Request::kGetVringBaseSkipDrain, rings, 0, quirks_.pipelines, deadline);
-    }
-    const uint64_t usual = fe.protocol_features();
-    RETURN_IF_ERROR(fe.SetProtocolFeatures(usual | pf::kGetVringBaseInflight, deadline));
-    ASSIGN_OR_RETURN(auto answers, fe.GetVringBases(Request::kGetVringBase, rings, quirks_.suspend_num,
-                                                    quirks_.pipelines, deadline));
-    RETURN_IF_ERROR(fe.SetProtocolFeatures(usual, deadline));
-    return answers;
-  }();
-  if (!bases.ok()) {
-    // Which rings have stopped is not known. On another connection everything is built again from the region.
-    LoseBackend(bases.status());
-    return Unsafe(Message(bases.status()));
-  }
-  for (uint32_t index : rings) {
+  Judgement judgement(*this);
+  absl::Status judged = absl::OkStatus();
+  // A ring is read as soon as it has stopped, while the back-end stops the next ones.
+  auto stopped = [&](uint32_t index, uint32_t base) {
     link_.vrings[index] = AppliedVring();
     // From here on only the region tells what is in flight, as after a crash.
     record_.vrings[index].lost = true;
     MarkRingDirty(index);
+    if (judged.ok()) judged = JudgeRing(index, base, &judgement);
+  };
+  // Bit 20 is about every GET_VRING_BASE, also those of a guest that resets its device. So it is only
+  // negotiated for this one.
+  auto stop = [&]() -> absl::Status {
+    if (skip_drain) {
+      return fe.GetVringBases(Request::kGetVringBaseSkipDrain, rings, 0, quirks_.pipelines, deadline,
+                              stopped);
+    }
+    const uint64_t usual = fe.protocol_features();
+    RETURN_IF_ERROR(fe.SetProtocolFeatures(usual | pf::kGetVringBaseInflight, deadline));
+    RETURN_IF_ERROR(fe.GetVringBases(Request::kGetVringBase, rings, quirks_.suspend_num, quirks_.pipelines,
+                                     deadline, stopped));
+    return fe.SetProtocolFeatures(usual, deadline);
+  };
+  if (absl::Status asked = stop(); !asked.ok()) {
+    // Which rings have stopped is not known. On another connection everything is built again from the region.
+    stop_.handed_off.clear();
+    LoseBackend(asked);
+    return Unsafe(Message(asked));
   }
-  absl::Status judged = JudgeSets(rings, *bases);
+  if (judged.ok()) judged = JudgeAll(judgement);
   if (judged.ok()) judged = FenceIfNeeded();
   if (judged.ok()) return absl::OkStatus();
   stop_.handed_off.clear();
@@ -129,45 +185,45 @@ absl::Status Mediator::Impl::SuspendRings() {
   return judged;
 }
 
-absl::Status Mediator::Impl::JudgeSets(const std::vector<uint32_t>& rings,
-                                       const std::vector<uint32_t>& bases) {
-  ASSIGN_OR_RETURN(virtio::InflightGeometry geometry, RegionGeometry());
-  std::optional<RamView> ram;
-  const virtio::MemoryView& memory = StopMemory(&ram);
+absl::Status Mediator::Impl::JudgeRing(uint32_t index, uint32_t base, Judgement* judgement) {
+  Judgement& j = *judgement;
+  RETURN_IF_ERROR(j.geometry.status());
+  std::vector<uint8_t>& part = stop_space_.part;
+  std::vector<virtio::GuestSpan>& buffers = stop_space_.buffers;
+  RETURN_IF_ERROR(CopyPart(*j.geometry, index, &part));
+  PrefetchDescriptors(j.memory, record_, index);
+  auto read = ReadSet(j.memory, part, index, base, &stop_space_.reader);
+  if (!read.ok()) return Annotate(read.status(), fmt::format("ring {}", index));
+  const virtio::InflightSet* set = *read;
+  const uint64_t desc = record_.packed() ? record_.Packed(index)->desc : record_.Split(index)->desc;
+  const auto n = static_cast<uint16_t>(record_.vrings[index].num);
+  buffers.clear();
+  if (j.order_kept) {
+    j.classes |= virtio::ReadClasses(j.memory, desc, n, *set, v1::BLK, &buffers);
+  } else {
+    for (virtio::BlkRequest& request : virtio::ReadBlkRequests(j.memory, desc, n, *set, &buffers)) {
+      j.classes.Add(request.cls);
+      j.requests.push_back(std::move(request));
+    }
+  }
+  MarkBuffersDirty(buffers, &j.marked);
+  // At once, as long as it is in the cache.
+  MigrationStop::HandedOff& ring = stop_.handed_off[index];
+  ring.told = ToldBase(*set);
+  ring.requests = set->size();
+  if (auto ready = stop_space_.states.find(index); ready != stop_space_.states.end())
+    ring.state.Swap(&ready->second);
+  ToProto(*set, &ring.state);
+  return absl::OkStatus();
+}
+
+absl::Status Mediator::Impl::JudgeAll(const Judgement& judgement) const {
   virtio::HandoffQuestion question;
+  question.classes = judgement.classes;
   question.wanted = virtio::InflightAnswer::kHandoff;
   question.suspends = question.exact = true;
   question.confirms_cancel = quirks_.confirms_cancel;
   question.fenced = HasFence();  // asked last, and only if something is in flight
-  const bool order_kept = OrderKept();
-  std::vector<virtio::BlkRequest> requests;
-  // One queue at a time through the same buffers: fresh memory costs more than what is done with it.
-  std::vector<uint8_t> part;
-  std::vector<virtio::GuestSpan> buffers;
-  uint64_t marked = 0;
-  for (size_t i = 0; i < rings.size(); ++i) {
-    const uint32_t index = rings[i];
-    RETURN_IF_ERROR(CopyPart(geometry, index, &part));
-    auto set = ReadSet(memory, part, index, bases[i]);
-    if (!set.ok()) return Annotate(set.status(), fmt::format("ring {}", index));
-    const uint64_t desc = record_.packed() ? record_.Packed(index)->desc : record_.Split(index)->desc;
-    const auto n = static_cast<uint16_t>(record_.vrings[index].num);
-    if (order_kept) {
-      question.classes |= virtio::ReadClasses(memory, desc, n, *set, v1::BLK, &buffers);
-    } else {
-      for (virtio::BlkRequest& request : virtio::ReadBlkRequests(memory, desc, n, *set, &buffers)) {
-        question.classes.Add(request.cls);
-        requests.push_back(std::move(request));
-      }
-    }
-    MarkBuffersDirty(buffers, &marked);
-    buffers.clear();
-    // At once, as long as it is in the cache.
-    MigrationStop::HandedOff& ring = stop_.handed_off[index];
-    ring.told = ToldBase(*set);
-    ring.requests = set->size();
-    ToProto(*set, &ring.state);
-  }
   const virtio::HandoffDecision decision = virtio::DecideHandoff(question);
   if (decision.verdict != virtio::HandoffVerdict::kHandoff) {
     // "drains: why".
@@ -175,7 +231,7 @@ absl::Status Mediator::Impl::JudgeSets(const std::vector<uint32_t>& rings,
   }
   // Reads that nobody confirmed could still arrive in buffers that the guest uses again, if it stays.
   if (decision.resume_must_wait) return Unsafe("its back-end does not confirm that stopped reads have ended");
-  if (AnyOverlap(requests)) {
+  if (AnyOverlap(judgement.requests)) {
     return Unsafe("requests in flight overlap, and not both back-ends are known to submit them in order");
   }
   return absl::OkStatus();

@@ -80,60 +80,96 @@ uint32_t InflightSet::slots() const {
   return static_cast<uint32_t>(format == RingFormat::kSplit ? requests.size() : descs.size());
 }
 
-InflightSet SetOf(const SplitPartState& state, uint16_t used_idx) {
-  InflightSet set;
-  set.format = RingFormat::kSplit;
-  set.requests.reserve(state.heads.size());
-  for (uint16_t head : state.heads) set.requests.push_back({head, 0, 0, state.desc[head].counter});
-  set.used.idx = used_idx;
-  set.avail.idx = static_cast<uint16_t>(used_idx + state.heads.size());
-  set.repaired = static_cast<uint16_t>(state.repaired.size());
-  return set;
+void FillSet(const SplitPartState& state, uint16_t used_idx, InflightSet* set) {
+  set->format = RingFormat::kSplit;
+  set->requests.resize(state.heads.size());
+  InflightRequest* to = set->requests.data();
+  for (const AgedHead& head : state.heads) *to++ = {head.entry, 0, 0, head.counter};
+  set->descs.clear();
+  set->used = {used_idx, true};
+  set->avail = {static_cast<uint16_t>(used_idx + state.heads.size()), true};
+  set->repaired = static_cast<uint16_t>(state.repaired.size());
 }
 
-InflightSet SetOf(const PackedPartState& state, uint16_t ring_size) {
-  InflightSet set;
-  set.format = RingFormat::kPacked;
-  set.requests.reserve(state.heads.size());
-  // As many as the chains have together, by AnalysePackedPart.
-  set.descs.resize(state.desc_num - state.free_entries);
+void FillSet(PackedPartState* state, uint16_t ring_size, InflightSet* set) {
+  set->format = RingFormat::kPacked;
+  set->requests.resize(state->heads.size());
+  InflightRequest* to = set->requests.data();
+  set->descs.swap(state->chains);
   uint32_t first = 0;
-  for (uint16_t head : state.heads) {
-    const InflightPackedDesc& h = state.desc[head];
-    set.requests.push_back({state.desc[h.last].id, h.num, first, h.counter});
-    uint16_t e = head;
-    for (uint16_t k = 0; k < h.num; ++k) {
-      const InflightPackedDesc& d = state.desc[e];
-      set.descs[first++] = {d.addr, d.len, d.id, d.flags};
-      e = d.next;
-    }
+  for (const AgedHead& head : state->heads) {
+    const uint16_t num = state->desc[head.entry].num;
+    *to++ = {set->descs[first + num - 1].id, num, first, head.counter};
+    first += num;
   }
-  set.used = state.used;
-  set.avail = Advance(state.used, static_cast<uint16_t>(first), ring_size);
-  if (state.commit) set.repaired = static_cast<uint16_t>(state.repaired.size());
-  return set;
+  set->used = state->used;
+  set->avail = Advance(state->used, static_cast<uint16_t>(first), ring_size);
+  set->repaired = state->commit ? static_cast<uint16_t>(state->repaired.size()) : uint16_t{0};
+}
+
+void InflightReader::Reserve(RingFormat format, uint16_t n) {
+  set_.requests.resize(n);
+  if (format == RingFormat::kSplit) {
+    split_.heads.resize(n);
+    split_.by_age.resize(n);
+    return;
+  }
+  set_.descs.resize(n);
+  packed_.heads.resize(n);
+  packed_.by_age.resize(n);
+  packed_.chains.resize(n);
+  packed_.taken.resize(n);
+  seen_.resize(65536);
+}
+
+absl::StatusOr<const InflightSet*> InflightReader::ReadSplit(std::span<const uint8_t> part,
+                                                             uint16_t ring_size, uint16_t used_idx,
+                                                             BatchRule rule) {
+  RETURN_IF_ERROR(AnalyseSplitPart(part, ring_size, used_idx, rule, &split_));
+  FillSet(split_, used_idx, &set_);
+  return &set_;
+}
+
+absl::StatusOr<const InflightSet*> InflightReader::ReadPacked(std::span<const uint8_t> part,
+                                                              const MemoryView& memory,
+                                                              const PackedRing& ring) {
+  RETURN_IF_ERROR(AnalysePackedPart(part, memory, ring, &packed_));
+  if (packed_.desc_num == 0) {
+    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+                 "in-flight region: the back-end has not begun to use it");
+  }
+  FillSet(&packed_, ring.size, &set_);
+  // The rest of CheckInflightSet holds by the analysis.
+  if (AnyIdTwice()) {
+    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
+                 "in-flight region: a request is in flight twice");
+  }
+  return &set_;
+}
+
+// InflightSet::HasDuplicates, with marks that are taken back one by one: a ring has few ids of all there
+// could be.
+bool InflightReader::AnyIdTwice() {
+  seen_.resize(65536);
+  uint8_t* const seen = seen_.data();
+  uint8_t twice = 0;
+  for (const InflightRequest& r : set_.requests) twice |= std::exchange(seen[r.id], uint8_t{1});
+  for (const InflightRequest& r : set_.requests) seen[r.id] = 0;
+  return twice != 0;
 }
 
 absl::StatusOr<InflightSet> ReadInflightSplit(std::span<const uint8_t> part, uint16_t ring_size,
                                               uint16_t used_idx, BatchRule rule) {
-  ASSIGN_OR_RETURN(SplitPartState state, AnalyseSplitPart(part, ring_size, used_idx, rule));
-  return SetOf(state, used_idx);
+  InflightReader reader;
+  RETURN_IF_ERROR(reader.ReadSplit(part, ring_size, used_idx, rule).status());
+  return reader.Take();
 }
 
 absl::StatusOr<InflightSet> ReadInflightPacked(std::span<const uint8_t> part, const MemoryView& memory,
                                                const PackedRing& ring) {
-  ASSIGN_OR_RETURN(PackedPartState state, AnalysePackedPart(part, memory, ring));
-  if (state.desc_num == 0) {
-    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
-                 "in-flight region: the back-end has not begun to use it");
-  }
-  InflightSet set = SetOf(state, ring.size);
-  // The rest of CheckInflightSet holds by the analysis.
-  if (set.HasDuplicates()) {
-    return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
-                 "in-flight region: a request is in flight twice");
-  }
-  return set;
+  InflightReader reader;
+  RETURN_IF_ERROR(reader.ReadPacked(part, memory, ring).status());
+  return reader.Take();
 }
 
 absl::StatusOr<InflightSet> InflightFromInOrderSplit(const MemoryView& memory, const SplitRing& ring,

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "agent/virtio/inflight_layout.h"
@@ -74,9 +75,9 @@ struct InflightSet {
 // --- From a region ---
 
 // What an analysed part says, as a set in the form that CheckInflightSet wants, but that a packed set may
-// have an id twice.
-InflightSet SetOf(const SplitPartState& state, uint16_t used_idx);
-InflightSet SetOf(const PackedPartState& state, uint16_t ring_size);
+// have an id twice. A packed part's chains go into the set.
+void FillSet(const SplitPartState& state, uint16_t used_idx, InflightSet* set);
+void FillSet(PackedPartState* state, uint16_t ring_size, InflightSet* set);
 
 // `part`: a copy of one queue's part, aligned to 8; `ring_size`: entries of the ring; `used_idx`: used->idx
 // in guest memory. A part with version 0 gives an empty set. INFLIGHT_UNKNOWN when any field contradicts
@@ -88,6 +89,28 @@ absl::StatusOr<InflightSet> ReadInflightSplit(std::span<const uint8_t> part, uin
 // A part with version 0 gives INFLIGHT_UNKNOWN: only the region knows a packed ring's used position.
 absl::StatusOr<InflightSet> ReadInflightPacked(std::span<const uint8_t> part, const MemoryView& memory,
                                                const PackedRing& ring);
+
+// The same for one part after the other: what the last one took is used again for the next. A set is valid
+// until the next call. One thread.
+class InflightReader {
+ public:
+  // Makes room for parts of `n` entries, and touches it: later nothing waits for memory.
+  void Reserve(RingFormat format, uint16_t n);
+  absl::StatusOr<const InflightSet*> ReadSplit(std::span<const uint8_t> part, uint16_t ring_size,
+                                               uint16_t used_idx, BatchRule rule);
+  absl::StatusOr<const InflightSet*> ReadPacked(std::span<const uint8_t> part, const MemoryView& memory,
+                                                const PackedRing& ring);
+  // The last set that was read.
+  InflightSet Take() { return std::move(set_); }
+
+ private:
+  bool AnyIdTwice();
+
+  SplitPartState split_;
+  PackedPartState packed_;
+  InflightSet set_;
+  std::vector<uint8_t> seen_;
+};
 
 // --- From the ring ---
 

@@ -143,8 +143,8 @@ inline absl::StatusOr<uint64_t> InferSplitStride(uint64_t mmap_size, uint16_t nu
 }
 
 // Checks everything that a peer says of a region before it is mapped or believed: `file_size` is st_size of
-// its descriptor. (That the file cannot shrink afterwards is the caller's to see to: F_SEAL_SHRINK, or reads
-// by pread.) InvalidArgument names the value.
+// its descriptor. (The file may shrink afterwards, which is the caller's to bear: F_SEAL_SHRINK, reads by
+// pread, FragileMapping.) InvalidArgument names the value.
 absl::StatusOr<InflightGeometry> CheckInflightGeometry(RingFormat format, uint64_t mmap_size,
                                                        uint64_t mmap_offset, uint16_t num_queues,
                                                        uint16_t queue_size, uint64_t file_size);

@@ -1,6 +1,9 @@
 // What the header and entries of one queue's in-flight part say together with the ring, after every check:
 // shared by the readers (ReadInflightSplit, ReadInflightPacked) and the tracker that goes on writing the same
 // part. They want a copy of the part, taken once: of the part itself nothing is read again.
+//
+// A device has hundreds of parts, and they are analysed while its guest stands still. So a state is reused
+// from one part to the next: what its vectors have grown to is kept.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +13,7 @@
 #include "agent/virtio/inflight_layout.h"
 #include "agent/virtio/memory_view.h"
 #include "agent/virtio/packed_ring.h"
+#include "agent/virtio/ring_access.h"
 #include "agent/virtio/vring_base.h"
 #include "common/status.h"
 
@@ -19,6 +23,12 @@ namespace baton::virtio {
 enum class BatchRule : uint8_t {
   kLinked,  // the specification: all entries of the batch, linked from last_batch_head
   kSingle,  // libvhost-user, DPDK: last_batch_head only; more than one published is INFLIGHT_UNKNOWN
+};
+
+// A head entry in flight, and when it was fetched.
+struct AgedHead {
+  uint64_t counter = 0;
+  uint16_t entry = 0;
 };
 
 struct SplitPartState {
@@ -31,13 +41,17 @@ struct SplitPartState {
   // Entries whose flag was set although the guest had seen the completion.
   std::vector<uint16_t> repaired;
   // Heads in flight, oldest first.
-  std::vector<uint16_t> heads;
+  std::vector<AgedHead> heads;
+  // Space of the analysis.
+  std::vector<AgedHead> sorting;
+  std::vector<uint16_t> by_age;
+  std::vector<uint8_t> done;
 };
 
 // `copy` must stay as it is and as long as the state is used, and be aligned to 8. INFLIGHT_UNKNOWN when any
-// field contradicts another, or the ring.
-absl::StatusOr<SplitPartState> AnalyseSplitPart(std::span<const uint8_t> copy, uint16_t ring_size,
-                                                uint16_t used_idx, BatchRule rule);
+// field contradicts another, or the ring; then the state means nothing.
+absl::Status AnalyseSplitPart(std::span<const uint8_t> copy, uint16_t ring_size, uint16_t used_idx,
+                              BatchRule rule, SplitPartState* state);
 
 struct PackedPartState {
   uint16_t version = 0;
@@ -52,14 +66,20 @@ struct PackedPartState {
   // Entries on the free list whose flag was still set.
   std::vector<uint16_t> repaired;
   // Head entries in flight, oldest first.
-  std::vector<uint16_t> heads;
+  std::vector<AgedHead> heads;
+  // Their chains' descriptors, in the same order.
+  std::vector<PackedDesc> chains;
   // Entries on the free list.
   uint16_t free_entries = 0;
+  // Space of the analysis.
+  std::vector<AgedHead> sorting;
+  std::vector<uint16_t> by_age;
+  std::vector<uint8_t> taken;
 };
 
 // As AnalyseSplitPart.
-absl::StatusOr<PackedPartState> AnalysePackedPart(std::span<const uint8_t> copy, const MemoryView& memory,
-                                                  const PackedRing& ring);
+absl::Status AnalysePackedPart(std::span<const uint8_t> copy, const MemoryView& memory,
+                               const PackedRing& ring, PackedPartState* state);
 
 // Writes the entries of a part that nobody has used yet: all free, linked in order.
 absl::Status FormatPackedEntries(std::span<uint8_t> part, uint16_t desc_num);

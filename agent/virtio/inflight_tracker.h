@@ -204,7 +204,8 @@ template <typename Hook>
 absl::StatusOr<InflightSet> InflightTracker<Hook>::RecoverSplit(uint16_t used_idx) {
   const BatchRule rule = single_ ? BatchRule::kSingle : BatchRule::kLinked;
   const std::vector<uint8_t> copy(part_.begin(), part_.end());
-  ASSIGN_OR_RETURN(SplitPartState state, AnalyseSplitPart(copy, ring_size_, used_idx, rule));
+  SplitPartState state;
+  RETURN_IF_ERROR(AnalyseSplitPart(copy, ring_size_, used_idx, rule, &state));
   Forget();
   InflightSplitHeader& header = split();
   if (state.desc_num == 0) {
@@ -225,12 +226,14 @@ absl::StatusOr<InflightSet> InflightTracker<Hook>::RecoverSplit(uint16_t used_id
     std::atomic_thread_fence(std::memory_order_seq_cst);
     Store(header.used_idx, used_idx, TrackerStep::kRecovering);
   }
-  for (uint16_t head : state.heads) entry_of_[head] = head;
+  for (const AgedHead& head : state.heads) entry_of_[head.entry] = head.entry;
   in_flight_ = static_cast<uint16_t>(state.heads.size());
-  if (in_flight_) counter_ = state.desc[state.heads.back()].counter + 1;
+  if (in_flight_) counter_ = state.heads.back().counter + 1;
   used_idx_ = used_idx;
   batch_head_ = state.last_batch_head;
-  return SetOf(state, used_idx);
+  InflightSet set;
+  FillSet(state, used_idx, &set);
+  return set;
 }
 
 template <typename Hook>
@@ -242,7 +245,8 @@ absl::StatusOr<InflightSet> InflightTracker<Hook>::RecoverPacked(const MemoryVie
                  used_if_fresh.idx, ring_size_);
   }
   std::vector<uint8_t> copy(part_.begin(), part_.end());
-  ASSIGN_OR_RETURN(PackedPartState state, AnalysePackedPart(copy, memory, ring));
+  PackedPartState state;
+  RETURN_IF_ERROR(AnalysePackedPart(copy, memory, ring, &state));
   Forget();
   InflightPackedHeader& header = packed();
   if (state.desc_num == 0) {
@@ -254,7 +258,7 @@ absl::StatusOr<InflightSet> InflightTracker<Hook>::RecoverPacked(const MemoryVie
     Store(header.desc_num, ring_size_, TrackerStep::kRecovering);
     Store(header.version, kInflightVersion, TrackerStep::kRecovering);
     copy.assign(part_.begin(), part_.end());
-    ASSIGN_OR_RETURN(state, AnalysePackedPart(copy, memory, ring));
+    RETURN_IF_ERROR(AnalysePackedPart(copy, memory, ring, &state));
   } else {
     // Each store leaves a state from which the same is concluded again: old_free_head counts once the
     // positions agree, so it comes before them, and free_head, which does not count then, after them.
@@ -277,14 +281,16 @@ absl::StatusOr<InflightSet> InflightTracker<Hook>::RecoverPacked(const MemoryVie
     last_[i] = state.desc[i].last;
     num_[i] = state.desc[i].num;
   }
-  for (uint16_t head : state.heads) {
-    const uint16_t id = state.desc[state.desc[head].last].id;
+  for (const AgedHead& head : state.heads) {
+    const uint16_t id = state.desc[state.desc[head.entry].last].id;
     if (id >= entry_of_.size()) entry_of_.resize(id + size_t{1}, kNone);
-    entry_of_[id] = head;
+    entry_of_[id] = head.entry;
   }
   in_flight_ = static_cast<uint16_t>(state.heads.size());
-  if (in_flight_) counter_ = state.desc[state.heads.back()].counter + 1;
-  return SetOf(state, ring_size_);
+  if (in_flight_) counter_ = state.heads.back().counter + 1;
+  InflightSet set;
+  FillSet(&state, ring_size_, &set);
+  return set;
 }
 
 template <typename Hook>

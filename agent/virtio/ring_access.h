@@ -79,6 +79,14 @@ Desc LoadDesc(const uint8_t* at) {
   return out;
 }
 
+// One load wherever the word lies: for what the other side may place at any address. (Ordinary memory of the
+// hosts that this program runs on; the compiler may neither repeat nor split the access.)
+template <typename Word>
+Word LoadAnywhere(const uint8_t* at) {
+  typedef Word __attribute__((may_alias, aligned(1))) Unaligned;
+  return *reinterpret_cast<const volatile Unaligned*>(at);
+}
+
 // vring_need_event of VIRTIO 2.7.10: an index moved from `old` to `now`; did it pass `event`?
 constexpr bool PassedEvent(uint16_t event, uint16_t now, uint16_t old) {
   return static_cast<uint16_t>(now - event - 1) < static_cast<uint16_t>(now - old);

@@ -14,9 +14,11 @@
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 #include <numeric>
 #include <random>
 #include <set>
+#include <sstream>
 #include <thread>
 
 #include "agent/vhost/mediator.h"
@@ -207,8 +209,20 @@ double CpuMs(pid_t tid) {
   return static_cast<double>(t.tv_sec) * 1e3 + static_cast<double>(t.tv_nsec) / 1e6;
 }
 
+// Page faults of a thread that needed no disk.
+double MinorFaults(pid_t tid) {
+  std::ifstream file(fmt::format("/proc/self/task/{}/stat", tid));
+  std::string line;
+  std::getline(file, line);
+  // The tenth field; the second may hold spaces and ends with the last bracket.
+  std::istringstream fields(line.substr(line.rfind(')') + 1));
+  std::string field;
+  for (int i = 3; i <= 10; ++i) fields >> field;
+  return std::stod(field);
+}
+
 struct Figures {
-  double cpu_ms, backend_ms, vmm_ms, wall_ms;
+  double cpu_ms, backend_ms, vmm_ms, wall_ms, faults;
 };
 
 Figures Once(const std::string& dir, bool packed) {
@@ -289,6 +303,7 @@ Figures Once(const std::string& dir, bool packed) {
   for (uint64_t at = 0; at < kMemory; at += memory::kPageSize) (void)virtio::Load<uint8_t>(ram.At(at, 1));
   Must(mediator->StartLogging(Soon()));
   Must(mediator->ArmStop(StopOrder{std::chrono::seconds(5), true, true, ""}));
+  const double faults = MinorFaults(thread);
   const double cpu = CpuMs(thread), backend_cpu = CpuMs(backend.tid()), vmm_cpu = CpuMs(::gettid());
   const Clock::time_point begin = Clock::now();
   for (uint32_t q = 0; q < kQueues; ++q) {
@@ -298,7 +313,8 @@ Figures Once(const std::string& dir, bool packed) {
   }
   v1::DeviceState state = Must(mediator->CollectState(Soon()));
   Figures out{CpuMs(thread) - cpu, CpuMs(backend.tid()) - backend_cpu, CpuMs(::gettid()) - vmm_cpu,
-              std::chrono::duration<double, std::milli>(Clock::now() - begin).count()};
+              std::chrono::duration<double, std::milli>(Clock::now() - begin).count(), 0};
+  out.faults = MinorFaults(thread) - faults;
   if (mediator->stop().handed_off() != kQueues * kInFlight) {
     std::fprintf(stderr, "bench_stop: %u requests handed off: %s\n", mediator->stop().handed_off(),
                  mediator->stop().why().c_str());
@@ -322,7 +338,7 @@ int Main(int argc, char** argv) {
   const std::string dir = ::mkdtemp(name);
   std::string medians;
   for (bool packed : {false, true}) {
-    std::vector<double> cpu, backend, vmm, wall;
+    std::vector<double> cpu, backend, vmm, wall, faults;
     for (int i = 0; i <= runs; ++i) {
       const Figures f = Once(dir, packed);
       if (i == 0) continue;  // warms up
@@ -330,6 +346,7 @@ int Main(int argc, char** argv) {
       backend.push_back(f.backend_ms);
       vmm.push_back(f.vmm_ms);
       wall.push_back(f.wall_ms);
+      faults.push_back(f.faults);
     }
     auto median = [](std::vector<double>& values) {
       std::sort(values.begin(), values.end());
@@ -339,8 +356,9 @@ int Main(int argc, char** argv) {
     const char* what = packed ? "packed" : "split";
     std::printf(
         "%-6s Baton's own time min %6.3f median %6.3f max %6.3f ms; medians beside it: back-end %6.3f, "
-        "VMM %6.3f, wall clock with both %6.3f ms\n",
-        what, cpu.front(), cpu[cpu.size() / 2], cpu.back(), median(backend), median(vmm), median(wall));
+        "VMM %6.3f, wall clock with both %6.3f ms, page faults %.0f\n",
+        what, cpu.front(), cpu[cpu.size() / 2], cpu.back(), median(backend), median(vmm), median(wall),
+        median(faults));
     medians += fmt::format("{}\"{}\": {:.4f}", medians.empty() ? "" : ", ", what, cpu[cpu.size() / 2]);
   }
   std::filesystem::remove_all(dir);

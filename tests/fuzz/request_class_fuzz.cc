@@ -1,6 +1,7 @@
 // Requests in flight as a hostile guest wrote them: what they are read as, and the order in which they are
 // replayed. Input: number of requests (1 byte, at most 16), guest memory from address 0, where a split ring
 // of 16 begins.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -19,15 +20,20 @@ void Expect(bool ok) {
 
 class Memory : public MemoryView {
  public:
-  explicit Memory(std::span<const uint8_t> bytes) : bytes_(bytes) {}
+  // `mapped`: its bytes themselves can be had, too.
+  Memory(std::span<const uint8_t> bytes, bool mapped) : bytes_(bytes), mapped_(mapped) {}
   absl::Status Read(uint64_t gpa, void* out, size_t size) const override {
     if (gpa > bytes_.size() || size > bytes_.size() - gpa) return absl::OutOfRangeError("outside");
     std::memcpy(out, bytes_.data() + gpa, size);
     return absl::OkStatus();
   }
+  Piece PieceAt(uint64_t gpa) const override {
+    return mapped_ && gpa < bytes_.size() ? Piece{0, bytes_.size(), bytes_.data()} : Piece{};
+  }
 
  private:
   std::span<const uint8_t> bytes_;
+  const bool mapped_;
 };
 
 // Everything gets its turn, and nothing before what it conflicts with.
@@ -54,7 +60,7 @@ void Replay(const std::vector<BlkRequest>& requests) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size < 1) return 0;
-  const Memory memory({data + 1, size - 1});
+  const Memory memory({data + 1, size - 1}, false), mapped({data + 1, size - 1}, true);
   InflightSet split, packed;
   packed.format = RingFormat::kPacked;
   for (uint16_t head = 0; head < data[0] % 17; ++head) {
@@ -69,9 +75,18 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Expect(requests.size() == set->size());
     ClassesPresent classes;
     for (const BlkRequest& r : requests) classes.Add(r.cls);
-    const ClassesPresent read = ReadClasses(memory, 0, 16, *set, baton::v1::BLK);
-    Expect(read.reads == classes.reads && read.writes == classes.writes &&
-           read.not_idempotent == classes.not_idempotent);
+    std::vector<GuestSpan> wanted;
+    (void)ReadBlkRequests(memory, 0, 16, *set, &wanted);
+    // The short way for plain requests of mapped memory says the same as the long one.
+    for (const Memory* view : {&memory, &mapped}) {
+      std::vector<GuestSpan> buffers;
+      const ClassesPresent read = ReadClasses(*view, 0, 16, *set, baton::v1::BLK, &buffers);
+      Expect(read.reads == classes.reads && read.writes == classes.writes &&
+             read.not_idempotent == classes.not_idempotent);
+      Expect(std::equal(
+          buffers.begin(), buffers.end(), wanted.begin(), wanted.end(),
+          [](const GuestSpan& a, const GuestSpan& b) { return a.gpa == b.gpa && a.size == b.size; }));
+    }
     for (const BlkRequest& r : requests) {
       for (const Extent& e : r.extents) Expect(e.first <= e.end);
       Expect(r.extents.size() <= kMaxExtents);

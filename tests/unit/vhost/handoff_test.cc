@@ -9,6 +9,7 @@
 #include "agent/vhost/inflight_proto.h"
 #include "agent/vhost/probe.h"
 #include "tests/unit/vhost/fake_vmm.h"
+#include "tests/unit/vhost/scripted_backend.h"
 
 namespace baton::vhost {
 namespace {
@@ -245,6 +246,23 @@ TEST_F(HandoffTest, ALostReplyEndsTheStopAndLosesNothing) {
   ASSERT_TRUE(mediator_->DisarmStop().ok());
   ASSERT_NO_FATAL_FAILURE(vmm_->StartRing(static_cast<uint16_t>(told_)));
   ASSERT_TRUE(vmm_->AwaitUsed(3));
+}
+
+TEST_F(HandoffTest, ARegionThatIsTruncatedWhileTheDeviceStopsIsNotBelieved) {
+  ScriptedBackend scripted({.socket = dir_ + "/backend.sock",
+                            .features = virtio::kFVersion1 | virtio::kVhostUserFProtocolFeatures,
+                            .protocol_features = pf::kReplyAck | pf::kInflightShmfd | pf::kSkipDrain,
+                            .truncates_region = true});
+  ASSERT_NO_FATAL_FAILURE(StartMediator());
+  vmm_ = std::make_unique<FakeVmm>(dir_ + "/vmm.sock");
+  ASSERT_NO_FATAL_FAILURE(vmm_->Negotiate());
+  ASSERT_NO_FATAL_FAILURE(vmm_->SetMemory());
+  ASSERT_NO_FATAL_FAILURE(vmm_->StartRing());
+  // Whatever comes of the device, this process goes on.
+  (void)Stop();
+  EXPECT_THAT(mediator_->stop().why(), HasSubstr("made shorter by its back-end"));
+  EXPECT_EQ(mediator_->stop().handed_off(), 0u);
+  EXPECT_EQ(scripted.Of(Request::kGetVringBaseSkipDrain).size(), 1u);
 }
 
 TEST_F(HandoffTest, ABackendThatCannotSuspendDrainsAndAbortsAtTheBound) {

@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "agent/virtio/inflight_layout.h"
+
 namespace baton::vhost {
 namespace {
 
@@ -95,6 +97,27 @@ absl::Status ScriptedBackend::Answer(Connection& connection, WireMessage& m) {
     case Request::kGetQueueNum:
       return reply_u64(options_.queues);
     case Request::kGetVringBase: {
+      VringState state{m.As<VringState>().index, 0};
+      return reply(Bytes(state));
+    }
+    case Request::kGetInflightFd: {
+      auto d = m.As<InflightDescription>();
+      auto geometry = virtio::MakeInflightGeometry(virtio::InflightKind::kSpec, virtio::RingFormat::kSplit,
+                                                   d.num_queues, d.queue_size);
+      if (!geometry.ok()) return geometry.status();
+      d.mmap_size = geometry->mmap_size;
+      UniqueFd fd(::memfd_create("inflight", MFD_CLOEXEC));
+      if (::ftruncate(fd.get(), static_cast<off_t>(d.mmap_size)) != 0)
+        return absl::InternalError("no region");
+      const int raw = fd.get();
+      return connection.Send(m.header.request, kReplyFlags, Bytes(d), {&raw, 1}, Deadline::After(kPatience));
+    }
+    case Request::kSetInflightFd:
+      region_ = std::move(m.fds[0]);
+      return m.need_reply() ? reply_u64(0) : absl::OkStatus();
+    case Request::kGetVringBaseSkipDrain: {
+      if (options_.truncates_region && ::ftruncate(region_.get(), 0) != 0)
+        return absl::InternalError("the region cannot be made shorter");
       VringState state{m.As<VringState>().index, 0};
       return reply(Bytes(state));
     }

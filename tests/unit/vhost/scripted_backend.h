@@ -27,6 +27,7 @@ struct ScriptedBackendOptions {
   bool regular_file = false;          // ... of a kind that nobody should take
   bool silent_save = false;           // keeps the pipe open and writes nothing
   bool hangs_up = false;              // when a transfer begins
+  bool truncates_region = false;      // the in-flight region, when it is to stop without completing
 };
 
 class ScriptedBackend {
@@ -62,6 +63,7 @@ class ScriptedBackend {
   std::vector<Heard> heard_;    // guarded by mutex_
   std::string loaded_;          // guarded by mutex_
   std::vector<UniqueFd> kept_;  // the thread's
+  UniqueFd region_;             // the thread's: of SET_INFLIGHT_FD
   UniqueFd load_fd_;            // the thread's: read to its end when the front-end checks
   Connection channel_;
   std::thread thread_;
