@@ -149,6 +149,7 @@ absl::Status OutgoingMigration::Impl::RelayState(Deadline deadline) {
     return send(v1::VmmState::FINAL, std::move(data), false);
   });
   if (!status.ok()) return failed(status);
+  if (status = p_.driver.ConfirmState(deadline); !status.ok()) return failed(status);
   const Duration took = Clock::now() - begin;
   RETURN_IF_ERROR(send(v1::VmmState::FINAL, "", true));
   state_time_ = took;

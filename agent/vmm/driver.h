@@ -50,6 +50,10 @@ class VmmDriver {
   virtual int64_t frozen_at_ns() const { return 0; }
   // The VMM writes the rest of its state to the descriptor and closes it (EOF).
   virtual absl::Status ContinueState(Deadline deadline) = 0;
+  // After the end of the state: whether the VMM holds it for whole, too, and keeps the guest stopped. A VMM
+  // that gave up closes its end as well, and QEMU then runs the guest on by itself
+  // (migration_iteration_finish): such a state must not be loaded anywhere, however complete it looks.
+  virtual absl::Status ConfirmState(Deadline) { return absl::OkStatus(); }
   // The guest runs again at this side: after Freeze failed half-way, or after the state was given, whatever
   // was done so far is undone. Idempotent.
   virtual absl::Status Resume(Deadline deadline) = 0;

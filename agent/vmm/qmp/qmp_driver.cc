@@ -250,7 +250,7 @@ absl::StatusOr<std::vector<Obstacle>> QmpDriver::Obstacles(Deadline deadline) {
 }
 
 absl::StatusOr<UniqueFd> QmpDriver::Freeze(Deadline deadline) {
-  uint64_t mark = qmp_->LastEvent();
+  const uint64_t mark = freeze_events_ = qmp_->LastEvent();
   ASSIGN_OR_RETURN(UniqueFd state, PassSocket(kSourceFd, /*qemu_writes=*/true, deadline));
   RETURN_IF_ERROR(Execute("migrate", {{"uri", fmt::format("fd:{}", kSourceFd)}}, deadline).status());
   auto reached = AwaitMigration(mark, {"pre-switchover", "completed", "failed", "cancelled"}, deadline);
@@ -266,6 +266,15 @@ absl::StatusOr<UniqueFd> QmpDriver::Freeze(Deadline deadline) {
 
 absl::Status QmpDriver::ContinueState(Deadline deadline) {
   return Execute("migrate-continue", {{"state", "pre-switchover"}}, deadline).status();
+}
+
+// The event is sent before QEMU closes the stream, so this seldom waits.
+absl::Status QmpDriver::ConfirmState(Deadline deadline) {
+  auto reached = AwaitMigration(freeze_events_, {"completed", "failed", "cancelled"}, deadline);
+  if (!reached.ok()) return Annotate(reached.status(), "QEMU did not say that its state is whole");
+  if (*reached == "completed") return absl::OkStatus();
+  return Error(absl::StatusCode::kUnavailable, "QEMU did not give its state (migration {}): {}", *reached,
+               MigrationError(deadline));
 }
 
 absl::Status QmpDriver::Resume(Deadline deadline) {

@@ -54,6 +54,7 @@ class QmpDriver final : public VmmDriver {
   absl::StatusOr<UniqueFd> Freeze(Deadline deadline) override;
   int64_t frozen_at_ns() const override { return frozen_at_ns_; }
   absl::Status ContinueState(Deadline deadline) override;
+  absl::Status ConfirmState(Deadline deadline) override;
   absl::Status Resume(Deadline deadline) override;
   absl::StatusOr<UniqueFd> BeginLoad(Deadline deadline) override;
   absl::Status FinishLoad(Deadline deadline) override;
@@ -95,6 +96,7 @@ class QmpDriver final : public VmmDriver {
   const uint64_t log_start_;  // where this QEMU's output begins in the file
   std::unique_ptr<QmpClient> qmp_;
   uint64_t load_events_ = 0;
+  uint64_t freeze_events_ = 0;  // those after it are of the last Freeze()
   int64_t frozen_at_ns_ = 0;
   std::atomic<bool> killed_ = false;
   std::mutex exit_mutex_;

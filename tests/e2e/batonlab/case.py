@@ -86,8 +86,21 @@ class ClusterTest(unittest.TestCase):
         if len(result.failures) + len(result.errors) > bad and cls.lab is not None:
             # What a failed test left is no ground for the next one; its logs stay under its name.
             print(f"{(result.failures + result.errors)[-1][1]}\nlogs of the failure: {cls.lab.logs}", file=sys.stderr)
+            self.show_complaints()
             cls.drop_cluster()
         return result
+
+    def show_complaints(self, most=12):
+        """What the programs complained of during this test: where nobody can look at the logs, this is all there is."""
+        cls = type(self)
+        cls.lab.keep_logs()
+        lines = []
+        for name in sorted(os.listdir(cls.lab.logs)):
+            with open(os.path.join(cls.lab.logs, name), encoding="utf-8", errors="replace") as log:
+                text = log.read().rpartition(f"--- {self._testMethodName} begins")[2]
+            lines += [f"{name}: {line}" for line in text.splitlines()
+                      if " warning " in line or " error " in line or name.endswith("qemu.log")]
+        print("\n".join(lines[-most:]), file=sys.stderr, flush=True)
 
     def mark(self, text):
         """Into the logs, so that one can tell which test a line belongs to."""

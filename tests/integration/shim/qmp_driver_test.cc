@@ -158,6 +158,8 @@ TEST_F(QmpDriverTest, Resume_FromEveryStateOfAMigration_GuestRunsAndCanMigrateAg
       ASSERT_TRUE(state.ok()) << state.status();
       ASSERT_TRUE(a_.driver->ContinueState(Soon()).ok());
       EXPECT_GT(ReadAll(state->get()).size(), 10000u);
+      const absl::Status whole = a_.driver->ConfirmState(Soon());
+      EXPECT_TRUE(whole.ok()) << whole;
       EXPECT_EQ(*a_.driver->RunState(Soon()), "postmigrate");
       absl::Status status = a_.driver->Resume(Soon());
       ASSERT_TRUE(status.ok()) << status;
@@ -168,6 +170,8 @@ TEST_F(QmpDriverTest, Resume_FromEveryStateOfAMigration_GuestRunsAndCanMigrateAg
       ASSERT_TRUE(state.ok()) << state.status();
       state->reset();
       ASSERT_TRUE(a_.driver->ContinueState(Soon()).ok());
+      const absl::Status whole = a_.driver->ConfirmState(Soon());
+      EXPECT_EQ(whole.code(), absl::StatusCode::kUnavailable) << whole;
       absl::Status status = a_.driver->Resume(Soon());
       ASSERT_TRUE(status.ok()) << status;
       ExpectRuns(a_);

@@ -150,6 +150,12 @@ class FakeVmm final : public vmm::VmmDriver {
     state_out_.reset();
     return absl::OkStatus();
   }
+  absl::Status ConfirmState(Deadline) override {
+    absl::Status whole = faults_.At("state not whole");
+    // As QEMU does with a guest whose state it could not give.
+    if (!whole.ok()) Run();
+    return whole;
+  }
   absl::Status Resume(Deadline) override {
     RETURN_IF_ERROR(Alive("resume"));
     if (!running_) Run();
