@@ -46,6 +46,32 @@ std::string WhichPages(const memory::PageSets& sets, const memory::GuestRam& ram
   return fmt::format("{}", fmt::join(runs, ", "));
 }
 
+// Runs of one acknowledgement: enough for any round, and a message of a few hundred KiB at most.
+constexpr int kMostRuns = 16384;
+
+void AddRun(v1::RoundAck& ack, uint32_t block, uint64_t first, uint64_t count) {
+  v1::PageRun* run = ack.add_doubtful();
+  run->set_block(block);
+  run->set_first(first);
+  run->set_count(count);
+}
+
+void AddRuns(v1::RoundAck& ack, const memory::PageSets& sets) {
+  for (uint32_t block = 0; block < sets.size(); ++block) {
+    uint64_t from = 0;
+    for (auto run = sets[block].NextRun(from); run.count != 0; run = sets[block].NextRun(from)) {
+      if (ack.doubtful_size() < kMostRuns) {
+        AddRun(ack, block, run.first, run.count);
+        from = run.first + run.count;
+        continue;
+      }
+      AddRun(ack, block, run.first, sets[block].pages() - run.first);
+      for (++block; block < sets.size(); ++block) AddRun(ack, block, 0, sets[block].pages());
+      return;
+    }
+  }
+}
+
 }  // namespace
 
 absl::Status IncomingMigration::Impl::Receive() {
@@ -212,12 +238,13 @@ absl::Status IncomingMigration::Impl::LandRound(const v1::RoundEnd& end, Deadlin
     return absl::OkStatus();
   }
   if (doubtful > 0)
-    LOG_INFO("round {}: {} pages were written while they were sent, and are to come again", end.round(),
-             doubtful);
+    LOG_INFO("round {}: {} pages changed while they were sent, and are to come again", end.round(), doubtful);
   Tick();
   v1::PeerMessage message;
   message.mutable_round_ack()->set_round(end.round());
   message.mutable_round_ack()->set_doubtful_pages(doubtful);
+  // The source waits for this, so nothing more is on its way.
+  if (doubtful > 0) AddRuns(*message.mutable_round_ack(), receiver_->doubtful());
   return link_->Send(message, deadline);
 }
 

@@ -322,6 +322,10 @@ absl::Status OutgoingMigration::Impl::Precopy() {
     RETURN_IF_ERROR(Interrupted());
     for (memory::PageSet& set : pages) set.Reset();
     RETURN_IF_ERROR(Harvest(pages));
+    for (size_t i = 0; i < doubtful_.size(); ++i) {
+      pages[i].Union(doubtful_[i]);
+      doubtful_[i].Reset();
+    }
     if (round == 0) RETURN_IF_ERROR(ResolveHints(pages));
     sample.dirty_bytes = CountBytes(pages);
     ApplyNewLimit(convergence);
@@ -361,12 +365,31 @@ absl::StatusOr<RoundSample> OutgoingMigration::Impl::SendRound(const memory::Pag
   }
   if (final) return sample;
   RETURN_IF_ERROR(SendRoundEnd(round, false, deadline));
-  RETURN_IF_ERROR(
+  ASSIGN_OR_RETURN(
+      const v1::PeerMessage ack,
       Await([&](const v1::PeerMessage& m) { return m.has_round_ack() && m.round_ack().round() == round; },
-            deadline)
-          .status());
+            deadline));
+  RETURN_IF_ERROR(TakeDoubtful(ack.round_ack()));
   sample.duration = Clock::now() - begin;
   return sample;
+}
+
+// Pages that changed while they were sent. A guest's writes are dirty pages, too; but a VMM may take free
+// pages away (free page reporting of QEMU's own balloon) between the checksum and the copy, and such a page
+// counts as unwritten: punching a hole keeps the write protection of what it unmaps (unmap_mapping_pages, no
+// ZAP_FLAG_DROP_MARKER).
+absl::Status OutgoingMigration::Impl::TakeDoubtful(const v1::RoundAck& ack) {
+  if (ack.doubtful().empty()) return absl::OkStatus();
+  if (doubtful_.empty()) doubtful_ = p_.ram.MakeSets();
+  for (const v1::PageRun& run : ack.doubtful()) {
+    if (run.block() >= doubtful_.size() || run.count() > doubtful_[run.block()].pages() ||
+        run.first() > doubtful_[run.block()].pages() - run.count())
+      return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kDataLoss,
+                   "the destination doubts {} pages at {} of block {}, which are not guest memory",
+                   run.count(), run.first(), run.block());
+    doubtful_[run.block()].SetRange(run.first(), run.count());
+  }
+  return absl::OkStatus();
 }
 
 absl::Status OutgoingMigration::Impl::SendRoundEnd(uint32_t round, bool final, Deadline deadline) {

@@ -66,6 +66,7 @@ class OutgoingMigration::Impl {
   void EndHints();
   absl::StatusOr<RoundSample> SendRound(const memory::PageSets& pages, uint32_t round, bool final,
                                         Deadline deadline);
+  absl::Status TakeDoubtful(const v1::RoundAck& ack);
   absl::Status SendRoundEnd(uint32_t round, bool final, Deadline deadline);
   absl::Status Interrupted();
   absl::Status Harvest(memory::PageSets& pages);
@@ -135,6 +136,7 @@ class OutgoingMigration::Impl {
   std::optional<HintRound> hints_;  // from the baseline of the dirty sources to the end of round 0
   memory::PageSets deferred_;       // populated, and not sent in round 0 because of hints
   memory::PageSets left_over_;      // harvested, not sent
+  memory::PageSets doubtful_;       // to be sent again whether written or not; empty until there are any
   uint32_t next_round_ = 0;
   BlackoutFigures blackout_;
   Duration state_time_{0};  // of the relay's thread until it was joined

@@ -202,6 +202,16 @@ TEST_F(EngineTest, MovesARunningGuest) {
   EXPECT_EQ(phases, (std::vector<v1::Phase>{v1::PRECOPY, v1::SWITCHOVER, v1::FINISHING, v1::SUCCEEDED}));
 }
 
+TEST_F(EngineTest, PagesThatTheVmmTakesAway_ComeAgainThoughNobodyWroteThem) {
+  source_->vmm.Free(0, 900);
+  source_->vmm.working_set = 20;
+  source_->vmm.DiscardFreePages();
+  Prepare("m1");
+  StartDestination();
+  StartSource();
+  ExpectMoved();
+}
+
 TEST_F(EngineTest, ATunnelIsNoChannelOfAMigrationOfMemory) {
   Prepare("m1");
   StartDestination();

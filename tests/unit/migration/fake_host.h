@@ -205,6 +205,11 @@ class FakeVmm final : public vmm::VmmDriver {
     std::lock_guard lock(mutex_);
     for (uint64_t page = first; page < first + count; ++page) guest_.pages[page] = kFreePage;
   }
+  // From now on free pages change all the time without being written, as those do that a balloon takes away.
+  void DiscardFreePages() {
+    discards_ = true;
+    Run();
+  }
   bool IsFree(uint64_t page) {
     std::lock_guard lock(mutex_);
     return guest_.pages[page] == kFreePage;
@@ -255,6 +260,18 @@ class FakeVmm final : public vmm::VmmDriver {
     Halt();
     halt_ = false;
     running_ = true;
+    if (discards_) {
+      balloon_ = std::thread([this] {
+        for (uint8_t value = 1; !halt_; ++value) {
+          for (uint64_t page = 0; page < kPages && !halt_; ++page) {
+            std::lock_guard lock(mutex_);
+            if (guest_.pages[page] != kFreePage) continue;
+            auto* bytes = ram_.blocks()[0].base() + page * memory::kPageSize;
+            __atomic_store_n(&bytes[0], value, __ATOMIC_RELAXED);
+          }
+        }
+      });
+    }
     vcpu_ = std::thread([this] {
       uint64_t random = 88172645463325252u;
       while (!halt_) {
@@ -269,6 +286,7 @@ class FakeVmm final : public vmm::VmmDriver {
   void Halt() {
     halt_ = true;
     if (vcpu_.joinable()) vcpu_.join();
+    if (balloon_.joinable()) balloon_.join();
     running_ = false;
   }
 
@@ -277,9 +295,10 @@ class FakeVmm final : public vmm::VmmDriver {
   std::mutex mutex_;
   GuestState guest_;
   memory::PageSet dirty_;
-  std::thread vcpu_, loader_;
+  std::thread vcpu_, balloon_, loader_;
   std::string loaded_;
   UniqueFd state_out_;
+  bool discards_ = false;
   std::atomic<bool> halt_{false}, running_{false}, dead_{false};
   WakeFd exited_;
 };
