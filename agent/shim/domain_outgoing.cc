@@ -26,6 +26,8 @@ constexpr Duration kLookInterval = seconds(1);
 constexpr Duration kAbortInterval = milliseconds(200);
 // A job that does not end although it was told to is ended by taking its connections away.
 constexpr Duration kAbortPatience = seconds(10);
+// For connections that are just ending to do so in good order.
+constexpr Duration kDrainTimeout = seconds(2);
 constexpr int kMaxRounds = 1000;
 
 bool PostCopyOnStall(const v1::MigrationParams& params) {
@@ -229,6 +231,8 @@ absl::Status DomainOutgoing::OpenTunnel() {
 void DomainOutgoing::CloseTunnel() {
   remote_.reset();
   const bool had = entrance_ != nullptr;
+  // A connection that is cut makes the destination wait for another one.
+  if (had && !mail_->stopped()) entrance_->Drain(Deadline::After(kDrainTimeout));
   if (had) entrance_->Stop();
   SetEntrance(nullptr);
   if (!had) return;
@@ -510,6 +514,7 @@ void DomainOutgoing::ApplyWishes() {
     // It hangs at the destination, in libvirt or in QEMU: without its connections the call fails, and the
     // guest goes on here.
     LOG_WARN("migration {}: libvirt does not end it; its connections are cut", id());
+    entrance_->Stop();
     CloseTunnel();
   }
 }

@@ -75,6 +75,7 @@ class TunnelEntrance::Impl {
     }
   }
 
+  bool Drain(Deadline deadline) { return connections_.AwaitNone(deadline); }
   TunnelCounts counts(TunnelService service) const { return connections_.counts(service); }
 
  private:
@@ -157,6 +158,7 @@ absl::StatusOr<std::unique_ptr<TunnelEntrance>> TunnelEntrance::Start(TunnelEntr
 
 TunnelEntrance::TunnelEntrance(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 TunnelEntrance::~TunnelEntrance() = default;
+bool TunnelEntrance::Drain(Deadline deadline) { return impl_->Drain(deadline); }
 void TunnelEntrance::Stop() { impl_->Stop(); }
 TunnelCounts TunnelEntrance::counts(TunnelService service) const { return impl_->counts(service); }
 

@@ -109,6 +109,9 @@ class TunnelEntrance {
   TunnelEntrance(const TunnelEntrance&) = delete;
   TunnelEntrance& operator=(const TunnelEntrance&) = delete;
 
+  // Waits until every connection has ended by itself; false if one has not by the deadline. Between that and
+  // Stop() nothing is cut, so that the other end sees orderly ends only.
+  bool Drain(Deadline deadline);
   // Removes the sockets and ends every connection, at both ends, with all of its threads; one that is being
   // dialled as well (looking up a name takes until connect_timeout at most). No callback is called after it.
   void Stop();

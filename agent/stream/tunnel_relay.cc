@@ -288,6 +288,12 @@ bool TunnelConnections::Add(const std::shared_ptr<TunnelRelay>& relay) {
 void TunnelConnections::Remove(const std::shared_ptr<TunnelRelay>& relay) {
   std::lock_guard lock(mutex_);
   relays_.erase(relay);
+  changed_.notify_all();
+}
+
+bool TunnelConnections::AwaitNone(Deadline deadline) {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_until(lock, deadline.when(), [this] { return relays_.empty(); });
 }
 
 bool TunnelConnections::Launch(std::function<void()> work) {

@@ -84,6 +84,8 @@ class TunnelConnections {
   // Lets Stop() reach a relay that waits. False after Stop(): it was stopped.
   bool Add(const std::shared_ptr<TunnelRelay>& relay);
   void Remove(const std::shared_ptr<TunnelRelay>& relay);
+  // Until there is no relay; false if there is one at the deadline.
+  bool AwaitNone(Deadline deadline);
   // Runs `work` on a thread that Stop() waits for. False after Stop(): it does not run.
   bool Launch(std::function<void()> work);
   // Relays for as long as there is something to relay, and tells how it ended.

@@ -439,6 +439,28 @@ TEST_P(TunnelTest, Stop_EndsTrafficUnderWayAndRemovesTheSockets) {
   EXPECT_EQ(exit_->counts(TunnelService::kVmm).active, 0u);
 }
 
+TEST_P(TunnelTest, Drain_LetsConnectionsEndInGoodOrder) {
+  Listen();
+  Start();
+  UniqueFd program = Connect();
+  UniqueFd service = Served();
+  AwaitActive(1);
+  EXPECT_FALSE(entrance_->Drain(Deadline::After(milliseconds(20)))) << "it is open";
+  ASSERT_TRUE(SendAll(program.get(), "bye"));
+  program.reset();
+  std::thread other([&] {
+    EXPECT_EQ(ReceiveAll(service.get()), "bye");
+    service.reset();
+  });
+  EXPECT_TRUE(entrance_->Drain(Soon()));
+  entrance_->Stop();
+  other.join();
+  AwaitActive(0);
+  EXPECT_EQ(exit_->counts(TunnelService::kVmm).broken, 0u);
+  EXPECT_EQ(exit_troubles_.size(), 0u);
+  EXPECT_TRUE(entrance_->Drain(Deadline::After(Duration(0)))) << "nothing is left to wait for";
+}
+
 TEST_P(TunnelTest, Stop_EndsTheWaitForAnAnswer) {
   // With TLS the handshake waits.
   options_.connect_timeout = seconds(300);
