@@ -6,8 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # shellcheck source=scripts/lib.sh
 . scripts/lib.sh
 
-# What a run without arguments does. The other stages (tidy build asan tsan) are asked for by name until each of them
-# has passed as a whole.
+# What a run without arguments does. The other stages are asked for by name: `long` for its time, the others (tidy build
+# asan tsan) until each of them has passed as a whole.
 all_stages=(lint unit integration fuzz demo e2e)
 # The preset whose programs are tested, demonstrated and measured: what is shipped.
 preset=release
@@ -141,6 +141,8 @@ stage_tsan() { sanitized tsan; }
 stage_fuzz() { check "build fuzz" build fuzz fuzzers && tests fuzz -L fuzz -j2; }
 
 stage_e2e() { check "build $preset" build "$preset" && tests "$preset" -L e2e; }
+
+stage_long() { check "build $preset" build "$preset" && tests "$preset" -L long; }
 
 stage_demo() {
   check "demo" ./dev demo --plain

@@ -27,8 +27,19 @@ MATRIX = {
     "virtlogd": {"precopy": MOVED, "finish": MOVED},
 }
 
+# What CI runs of it, as Faults: each moment, on each side, and all of what has lost a guest before. The rest is MoreFaults
+# (`./dev test long`).
+OFTEN = {
+    "batond": ("prepared", "confirm"),
+    "source_agent": ("prepared", "finish"),
+    "destination_agent": ("precopy", "confirm"),
+    "source_libvirtd": ("prepared", "precopy", "switchover", "finish", "confirm"),
+    "destination_libvirtd": ("prepared", "precopy", "switchover", "finish", "confirm"),
+    "source_shim": ("precopy", "finish", "confirm"),
+}
 
-class Faults(LibvirtTest):
+
+class FaultTest(LibvirtTest):
     # A guest that is busy. QEMU 7.2 does not move that without loss under TCG, see test_libvirt.py.
     BACKPORTS = {"a": "qemu", "b": "qemu"}
 
@@ -88,6 +99,25 @@ class Faults(LibvirtTest):
         self.move(self.source if moved else self.destination)
         self.assertIs(guest, self.guest)
 
+    def check_lost(self):
+        """The guest ended with its QEMU; nothing of it runs anywhere, batond says so, and it can be started again."""
+        for host in ("a", "b"):
+            wait_until(lambda host=host: not self.processes("qemu-system", host), f"no QEMU on {host}", 30)
+            state = self.cluster.hosts[host].state(VM)
+            self.assertTrue(state == "" or state.startswith("shut off"), f"{host}: {state}")
+        wait_until(lambda: (self.vm() or {"state": "STOPPED"})["state"] == "STOPPED",
+                   lambda: f"batond to know that it has ended, it says {self.vm()}", 30, pause=0.1)
+        wait_until(lambda: not self.remains(), lambda: f"nothing of the migration, there is {self.remains()}", 30)
+        self.lose_guest()
+        self.have_guest(self.source)
+        self.move(self.destination)
+
+
+class Faults(FaultTest):
+    pass
+
+
+class MoreFaults(FaultTest):
     def test_paused_domain_whose_confirm_is_lost(self):
         """Its user paused it when all was prepared. It has never run at the destination and is not to run: what is there
         ends, and it stays as it was."""
@@ -110,21 +140,10 @@ class Faults(LibvirtTest):
         self.move(self.destination)
         self.assertIs(guest, self.guest)
 
-    def check_lost(self):
-        """The guest ended with its QEMU; nothing of it runs anywhere, batond says so, and it can be started again."""
-        for host in ("a", "b"):
-            wait_until(lambda host=host: not self.processes("qemu-system", host), f"no QEMU on {host}", 30)
-            state = self.cluster.hosts[host].state(VM)
-            self.assertTrue(state == "" or state.startswith("shut off"), f"{host}: {state}")
-        wait_until(lambda: (self.vm() or {"state": "STOPPED"})["state"] == "STOPPED",
-                   lambda: f"batond to know that it has ended, it says {self.vm()}", 30, pause=0.1)
-        wait_until(lambda: not self.remains(), lambda: f"nothing of the migration, there is {self.remains()}", 30)
-        self.lose_guest()
-        self.have_guest(self.source)
-        self.move(self.destination)
 
-
-add_cases(Faults, MATRIX, "is killed")
+for cls, often in ((Faults, True), (MoreFaults, False)):
+    add_cases(cls, {process: {moment: ends for moment, ends in moments.items() if (moment in OFTEN.get(process, ())) == often}
+                    for process, moments in MATRIX.items()}, "is killed")
 
 if __name__ == "__main__":
     unittest.main(argv=[sys.argv[0], "-v", *sys.argv[1:]])

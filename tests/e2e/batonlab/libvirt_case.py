@@ -175,15 +175,12 @@ class LibvirtTest(ClusterTest):
 
     # --- what must be so afterwards ---
 
-    def assert_runs_only(self, host, leftover_definition=False):
+    def assert_runs_only(self, host):
         """One guest, running, at `host`, by both daemons' account and by batond's; nothing of the migration is left."""
         other = "b" if host == "a" else "a"
-        gone = ("", "shut off") if leftover_definition else ("",)
 
         def settled():
-            there = self.cluster.hosts[other].state(VM)
-            # "shut off" has its reason behind it.
-            return (there is not None and there.split(" (")[0] in gone and not self.processes("qemu-system", other) and
+            return (self.cluster.hosts[other].state(VM) == "" and not self.processes("qemu-system", other) and
                     len(self.processes("qemu-system", host)) == 1 and
                     (self.cluster.hosts[host].state(VM) or "").startswith("running"))
         wait_until(settled, lambda: f"{VM} to run at {host} only, it is {self.cluster.states(VM)}", 30, pause=0.1)
