@@ -38,7 +38,6 @@ class PostCopy(ModesTest):
         self.assertEqual((ended["phase"], ended["guest_location"]), ("SUCCEEDED", "DESTINATION"), summary(ended))
         self.assert_runs_only(self.destination)
         self.assertIn("POSTCOPY", [time["phase"] for time in ended["phase_times"]])
-        self.assertIn("postcopy", [decision["action"] for decision in ended["progress"]["decisions"]])
         self.assert_clean()
         return ended
 
@@ -47,16 +46,17 @@ class PostCopy(ModesTest):
         name = self.begin_postcopy()
         # The limit that was given holds for post-copy as well, and can be lifted.
         self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited")
-        self.finish(name)
+        ended = self.finish(name)
+        self.assertIn("postcopy", [decision["action"] for decision in ended["progress"]["decisions"]])
 
 
 class Recovery(PostCopy):
     """Post-copy that loses its connection, with libvirt 9.0: the libvirtd of 11.3 ends when it is asked to recover at the
-    destination (qemuProcessIncomingDefNew reads through a null pointer)."""
+    destination (qemuProcessIncomingDefNew reads through a null pointer). Not part of the suite: see CMDLINE."""
 
     BACKPORTS = {"a": "qemu", "b": "qemu"}
     # A disk that is hardly used: QEMU's main thread waits for a page that a request needs, for ever where nothing brings it,
-    # and libvirt cannot recover a QEMU that does not answer.
+    # and libvirt cannot recover a QEMU that does not answer. That still happens now and then.
     CMDLINE = "lab.pages=8192 lab.dirty=4000 lab.blocks=64 lab.writers=1 lab.delay_us=1000000"
 
     test_a_guest_that_writes_too_fast_is_moved_all_the_same = None
