@@ -31,6 +31,8 @@ if(BATON_SANITIZE)
     UBSAN_OPTIONS=log_path=${baton_reports}/ubsan:print_stacktrace=1
     LSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/lsan.supp:print_suppressions=0
     TSAN_OPTIONS=log_path=${baton_reports}/tsan:suppressions=${CMAKE_SOURCE_DIR}/tests/tsan.supp:second_deadlock_stack=1)
+  # The tests and what they start: ./dev test asan builds no benchmark, nor programs that only end-to-end tests start.
+  add_custom_target(sanitized)
 endif()
 if(BATON_FUZZ)
   # Coverage of everything that a fuzzer calls, not only of its own file.
@@ -67,11 +69,18 @@ function(baton_test name)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
+  if(BATON_SANITIZE)
+    # Two to ten times slower, and the slowest are the property tests, which do nothing but compute.
+    math(EXPR ARG_TIMEOUT "4 * ${ARG_TIMEOUT}")
+  endif()
   add_executable(${name} ${ARG_SRCS})
   target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR})
   target_link_libraries(${name} PRIVATE ${ARG_DEPS} GTest::gmock GTest::gtest_main)
   # What is tested is optimised as it is shipped; the tests themselves are not: half of the time of compiling them.
   target_compile_options(${name} PRIVATE -O0)
+  if(BATON_SANITIZE)
+    add_dependencies(sanitized ${name})
+  endif()
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT}
     ENVIRONMENT "${baton_test_environment}")
@@ -93,6 +102,9 @@ function(baton_fuzzer name)
   else()
     target_sources(${name} PRIVATE ${CMAKE_SOURCE_DIR}/tests/fuzz/replay_main.cc)
     add_test(NAME ${name}_corpus COMMAND ${name} ${ARG_CORPUS})
+    if(BATON_SANITIZE)
+      add_dependencies(sanitized ${name})
+    endif()
     set_tests_properties(${name}_corpus PROPERTIES LABELS unit TIMEOUT 60 ENVIRONMENT "${baton_test_environment}")
   endif()
 endfunction()

@@ -128,7 +128,7 @@ no_reports() {
 # sanitized PRESET: the tests in a build with sanitizers. Programs that tests start report into files, and may do so without
 # making the test fail.
 sanitized() {
-  check "build $1" build "$1" || return
+  check "build $1" build "$1" sanitized || return
   rm -f "build/$1/reports"/*
   tests "$1" -L 'unit|integration' -LE "no-$1" -j2
   check "no report of $1" no_reports "build/$1/reports"

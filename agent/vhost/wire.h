@@ -196,7 +196,9 @@ struct WireMessage {
   template <typename T>
   T As() const {
     T out{};
-    std::memcpy(&out, payload.data(), payload.size() < sizeof out ? payload.size() : sizeof out);
+    // Without a payload there is no pointer either, and memcpy(3) wants one.
+    if (!payload.empty())
+      std::memcpy(&out, payload.data(), payload.size() < sizeof out ? payload.size() : sizeof out);
     return out;
   }
 };
