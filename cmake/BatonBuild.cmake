@@ -22,6 +22,10 @@ endif()
 if(BATON_SANITIZE)
   add_compile_options(-fsanitize=${BATON_SANITIZE} -fno-sanitize-recover=all)
   add_link_options(-fsanitize=${BATON_SANITIZE})
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND BATON_SANITIZE MATCHES "address")
+    # As shared libraries the two take each other's functions, and what UBSan reports goes to stderr whatever log_path says.
+    add_link_options(-static-libasan -static-libubsan)
+  endif()
   # A report of a program that a test starts and kills would be lost with it: they all go to files, and ./dev test fails
   # when there is one.
   set(baton_reports ${CMAKE_BINARY_DIR}/reports)
