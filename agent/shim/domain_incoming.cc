@@ -26,7 +26,8 @@ constexpr Duration kIncomingLook = seconds(5);
 constexpr Duration kIncomingWait = seconds(5);
 // The source lets go of the tunnel when it has seen the outcome; until then it may need to look here.
 constexpr Duration kLinger = seconds(30);
-constexpr Duration kLingerLook = milliseconds(50);
+// Its letting go is told; what else is awaited then is not.
+constexpr Duration kLingerLook = milliseconds(250);
 // For a source whose shim was started anew.
 constexpr Duration kReturn = seconds(15);
 // libvirt ends the domain of a migration whose connection is gone.
@@ -269,6 +270,7 @@ void DomainIncoming::OpenExit() {
     broken_ = fmt::format("{}: {}", stream::NameOf(service), Message(why));
     mail_->Wake();
   };
+  options.callbacks.on_idle = [this] { mail_->Wake(); };
   auto exit = std::make_shared<stream::TunnelExit>(std::move(options));
   std::lock_guard lock(mutex_);
   exit_ = std::move(exit);

@@ -54,7 +54,11 @@ class DomainIncoming {
   // Gives the migration up: the tunnel is closed, and what libvirt then makes of the domain is waited for.
   // `done` hears OK once it was refused, FailedPrecondition if the domain runs here or is not gone in time.
   void Abort(std::function<void(absl::Status)> done);
-  void OnEvent(const vmm::DomainEvent& event) { mail_->Post(event); }
+  // Of another kind than life cycle are those of libvirt's last steps before it lets the guest run: a look at
+  // each would wait for the same locks and take the same processors.
+  void OnEvent(const vmm::DomainEvent& event) {
+    if (event.kind == vmm::DomainEvent::Kind::kLifecycle) mail_->Post(event);
+  }
   void OnLibvirt(bool up);
 
  private:

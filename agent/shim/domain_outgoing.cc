@@ -29,6 +29,14 @@ constexpr Duration kAbortPatience = seconds(10);
 // For connections that are just ending to do so in good order.
 constexpr Duration kDrainTimeout = seconds(2);
 constexpr int kMaxRounds = 1000;
+// An iteration that begins may be the last one: QEMU stops the guest right after it has told of it, and
+// answers questions on the thread that has to switch over. One that goes on is asked about a little later.
+constexpr Duration kIterationGrace = milliseconds(20);
+// QEMU stops the guest as soon as what is left fits into its limit, in the middle of the first pass too, when
+// a moment later much less would have been left. So it is told a part of the limit, and the whole of it once
+// the policy has seen that further iterations gain nothing.
+constexpr int kFirstPart = 10;
+constexpr Duration kFirstLimit = milliseconds(10);
 
 bool PostCopyOnStall(const v1::MigrationParams& params) {
   return params.on_stall() == v1::ON_STALL_POSTCOPY && params.post_copy();
@@ -307,10 +315,10 @@ absl::Status DomainOutgoing::BeginCall(bool recover) {
   ASSIGN_OR_RETURN(vmm::MoveCall call, vmm::MakeMoveCall(source_, command_.domain(), command_.params()));
   if (recover) call.flags |= VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_POSTCOPY_RESUME;
   // Before the start, so that a guest that writes nothing is not gone before its limit is known.
-  absl::Status limited =
-      recover ? absl::OkStatus()
-              : mover_.SetMaxDowntime(convergence_.max_downtime(), Deadline::After(kCallTimeout));
-  if (!limited.ok()) LOG_WARN("migration {}: {}", id(), Message(limited));
+  if (!recover) {
+    const Duration whole = convergence_.max_downtime();
+    LimitDowntime(std::min(whole, std::max(kFirstLimit, whole / kFirstPart)));
+  }
   if (!recover) {
     deadline_ = Clock::now() + migration::DurationOr(command_.params().has_max_duration(),
                                                      command_.params().max_duration(), std::chrono::hours(1));
@@ -324,12 +332,22 @@ absl::Status DomainOutgoing::BeginCall(bool recover) {
   return begun;
 }
 
+void DomainOutgoing::LimitDowntime(Duration limit) {
+  absl::Status set = mover_.SetMaxDowntime(limit, Deadline::After(kCallTimeout));
+  if (!set.ok()) {
+    LOG_WARN("migration {}: {}", id(), Message(set));
+    return;
+  }
+  limit_told_ = limit;
+}
+
 void DomainOutgoing::Follow() {
   Clock::time_point look = Clock::now() + kLookInterval;
   while (call_active_) {
-    const bool hurry = abort_since_.has_value() && !suspended_;
-    DomainMailbox::Mail mail =
-        mail_->Wait(Deadline::At(hurry ? std::min(look, Clock::now() + kAbortInterval) : look));
+    Clock::time_point wake = look;
+    if (abort_since_ && !suspended_) wake = std::min(wake, Clock::now() + kAbortInterval);
+    if (iteration_begun_ > 0) wake = std::min(wake, iteration_due_);
+    DomainMailbox::Mail mail = mail_->Wait(Deadline::At(wake));
     if (mail.stop) return;
     for (const vmm::DomainEvent& event : mail.events) OnDomainEvent(event);
     if (mail.call) {
@@ -339,8 +357,13 @@ void DomainOutgoing::Follow() {
                call_status_.ok() ? "done" : Message(call_status_));
       // One that was cut relays nothing more; it is opened again to look at the destination.
       if (cut_) CloseTunnel();
+      // QEMU keeps it for whoever migrates the domain next.
+      if (!call_status_.ok() && limit_told_ < convergence_.max_downtime())
+        LimitDowntime(convergence_.max_downtime());
       return;
     }
+    if (iteration_begun_ > 0 && Clock::now() >= iteration_due_)
+      OnIteration(std::exchange(iteration_begun_, 0));
     if (Clock::now() >= look) {
       Tick();
       look = Clock::now() + kLookInterval;
@@ -352,8 +375,11 @@ void DomainOutgoing::Follow() {
 }
 
 void DomainOutgoing::OnDomainEvent(const vmm::DomainEvent& event) {
-  if (event.kind == vmm::DomainEvent::Kind::kMigrationIteration)
-    return OnIteration(static_cast<uint64_t>(std::max(event.event, 0)));
+  if (event.kind == vmm::DomainEvent::Kind::kMigrationIteration) {
+    if (iteration_begun_ == 0) iteration_due_ = Clock::now() + kIterationGrace;
+    iteration_begun_ = static_cast<uint64_t>(std::max(event.event, 0));
+    return;
+  }
   if (event.kind != vmm::DomainEvent::Kind::kLifecycle) return;
   if (event.event == VIR_DOMAIN_EVENT_RESUMED) was_paused_ = false;
   if (event.event != VIR_DOMAIN_EVENT_SUSPENDED) return;
@@ -384,10 +410,14 @@ void DomainOutgoing::OnDomainEvent(const vmm::DomainEvent& event) {
 void DomainOutgoing::Tick() {
   if (suspended_ && !postcopy_) return;
   auto job = mover_.Job(false, Deadline::After(kCallTimeout));
+  // Without figures there is no policy, and QEMU decides by the whole limit.
+  if ((!job.ok() || (job->memory_processed > 0 && job->iteration == 0)) && !suspended_ &&
+      limit_told_ < convergence_.max_downtime())
+    LimitDowntime(convergence_.max_downtime());
   if (!job.ok() || !job->outgoing()) return;
   reporter_.Tick([&](v1::Progress& progress) { vmm::FillProgress(*job, &progress); });
-  // libvirt's event of an iteration may have come before its figures.
-  if (job->iteration > iteration_ && iteration_ > 0) OnIteration(job->iteration);
+  // libvirt's event of an iteration may have come before its figures, or not at all.
+  if (job->iteration > iteration_) OnIteration(job->iteration);
 }
 
 void DomainOutgoing::OnIteration(uint64_t iteration) {
@@ -444,8 +474,7 @@ void DomainOutgoing::Carry(const migration::ConvergenceDecision& decision) {
       const Duration limit =
           std::max(convergence_.max_downtime(),
                    decision.action == Action::kSwitchover ? 2 * decision.forecast : Duration(0));
-      absl::Status set = mover_.SetMaxDowntime(limit, Deadline::After(kCallTimeout));
-      if (!set.ok()) LOG_WARN("migration {}: {}", id(), Message(set));
+      LimitDowntime(limit);
       return;
     }
     case Action::kAbort:

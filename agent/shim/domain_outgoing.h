@@ -77,6 +77,8 @@ class DomainOutgoing {
   absl::StatusOr<bool> ReadSource(Deadline deadline);
   absl::Status AwaitRemote(Deadline deadline);
   absl::Status BeginCall(bool recover);
+  // Tells QEMU the blackout that it may aim at.
+  void LimitDowntime(Duration limit);
   // Until the call has returned, or the end of the object.
   void Follow();
   void OnDomainEvent(const vmm::DomainEvent& event);
@@ -132,7 +134,11 @@ class DomainOutgoing {
   vmm::MoveSource source_;
   migration::Convergence convergence_;
   vmm::JobFigures before_;  // at the last iteration
-  uint64_t iteration_ = 0;
+  uint64_t iteration_ = 0;  // judged last
+  // Told of by libvirt and to be looked at when due; 0: none.
+  uint64_t iteration_begun_ = 0;
+  Clock::time_point iteration_due_{};
+  Duration limit_told_{};  // of the blackout, to QEMU
   bool call_active_ = false;
   bool suspended_ = false;   // by the migration: its state may have left
   bool was_paused_ = false;  // by its user, before libvirt's job began

@@ -59,6 +59,8 @@ struct TunnelCallbacks {
   // A connection came to nothing (the peer or the service could not be reached) or broke; in words for
   // people. An orderly end is not told.
   std::function<void(TunnelService service, const absl::Status& why)> on_broken;
+  // The last of the connections, of whichever service, has ended.
+  std::function<void()> on_idle;
 };
 
 inline constexpr size_t kMaxTunnelConnections = 128;

@@ -324,6 +324,10 @@ void TunnelConnections::Relay(TunnelService service, const std::shared_ptr<Tunne
   absl::Status ended = relay->Run(std::move(local));
   --counters.active;
   if (!ended.ok()) Broken(service, ended);
+  if (!callbacks_.on_idle || stopping()) return;
+  uint32_t active = 0;
+  for (const TunnelTraffic& t : traffic_) active += t.active;
+  if (active == 0) callbacks_.on_idle();
 }
 
 void TunnelConnections::Broken(TunnelService service, const absl::Status& why) {

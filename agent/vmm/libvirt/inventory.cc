@@ -121,6 +121,9 @@ constexpr auto kTroubleInterval = std::chrono::seconds(2);
 // After an event. QEMU answers questions and switches a migration over on the same thread, and a domain's
 // events are the close of one more often than not: its view can wait until that is through.
 constexpr auto kQuiet = std::chrono::seconds(2);
+// After an event in the midst of a switchover, unless one that ends it comes before: libvirt needs the
+// domain's locks for that more than we do.
+constexpr auto kSwitchover = std::chrono::milliseconds(500);
 
 // One domain as libvirt has it now.
 struct ReadDomain {
@@ -184,8 +187,10 @@ class LibvirtInventory::Impl {
       // Nothing of what is shown here changes with it.
       if (event.kind == DomainEvent::Kind::kMigrationIteration) return;
       std::lock_guard lock(mutex_);
-      pending_.insert(event.uuid);
-      touched_[event.uuid] = Clock::now();
+      const Clock::time_point now = Clock::now(), due = Switching(event) ? now + kSwitchover : now;
+      Clock::time_point& place = pending_.try_emplace(event.uuid, due).first->second;
+      place = std::min(place, due);
+      touched_[event.uuid] = now;
       changed_.notify_all();
     };
     connection_ = LibvirtConnection::Start(options_.libvirt, std::move(to_libvirt));
@@ -252,27 +257,31 @@ class LibvirtInventory::Impl {
       bool all = false, up = false;
       {
         std::unique_lock lock(mutex_);
-        const auto wanted = [this] { return stopping_ || read_all_ || (up_ && !pending_.empty()); };
-        if (const auto due = NextDue(); up_ && due) {
-          changed_.wait_until(lock, *due, wanted);
-        } else {
-          changed_.wait(lock, wanted);
+        while (!stopping_ && !read_all_) {
+          const auto due = up_ ? NextDue() : std::nullopt;
+          if (due && *due <= Clock::now()) break;
+          if (due) {
+            changed_.wait_until(lock, *due);
+          } else {
+            changed_.wait(lock);
+          }
         }
         if (stopping_) return;
         all = std::exchange(read_all_, false);
         up = up_;
-        if (up) todo.swap(pending_);
         if (up) {
           for (auto& [uuid, entry] : domains_) {
             if (const auto due = DueOf(uuid, entry); due && *due <= Clock::now()) todo.insert(uuid);
           }
-          for (auto it = again_.begin(); it != again_.end();) {
-            if (it->second > Clock::now()) {
-              ++it;
-              continue;
+          for (auto* waiting : {&pending_, &again_}) {
+            for (auto it = waiting->begin(); it != waiting->end();) {
+              if (it->second > Clock::now()) {
+                ++it;
+                continue;
+              }
+              todo.insert(it->first);
+              it = waiting->erase(it);
             }
-            todo.insert(it->first);
-            it = again_.erase(it);
           }
         }
       }
@@ -300,6 +309,15 @@ class LibvirtInventory::Impl {
     return stopping_;
   }
 
+  // What libvirt tells before its next event lets the guest run, at either end of a migration.
+  bool Switching(const DomainEvent& event) const {
+    if (event.kind == DomainEvent::Kind::kLifecycle)
+      return event.event == VIR_DOMAIN_EVENT_SUSPENDED && event.detail == VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED;
+    const auto known = domains_.find(event.uuid);
+    return event.kind == DomainEvent::Kind::kDefinition && known != domains_.end() &&
+           (known->second.vm.state() == v1::Vm::INCOMING || known->second.vm.state() == v1::Vm::PAUSED);
+  }
+
   // When QEMU is to be asked: some time after an event, else once in a while.
   Clock::time_point LookDue(const std::string& uuid, const Entry& entry) const {
     const auto touched = touched_.find(uuid);
@@ -321,8 +339,10 @@ class LibvirtInventory::Impl {
     for (const auto& [uuid, entry] : domains_) {
       if (const auto at = DueOf(uuid, entry); at && (!due || *at < *due)) due = at;
     }
-    for (const auto& [uuid, when] : again_) {
-      if (!due || when < *due) due = when;
+    for (const auto* waiting : {&pending_, &again_}) {
+      for (const auto& [uuid, when] : *waiting) {
+        if (!due || when < *due) due = when;
+      }
     }
     return due;
   }
@@ -477,8 +497,8 @@ class LibvirtInventory::Impl {
   bool looked_ = false;  // reader's thread: the last Look() had an answer
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
-  std::map<std::string, Entry> domains_;  // by UUID; guarded by mutex_, as all below
-  std::set<std::string> pending_;
+  std::map<std::string, Entry> domains_;              // by UUID; guarded by mutex_, as all below
+  std::map<std::string, Clock::time_point> pending_;  // to be read, when
   std::map<std::string, Clock::time_point> touched_;  // the last event
   std::map<std::string, Clock::time_point> again_;    // could not be read
   bool read_all_ = false, up_ = false, tried_ = false, first_done_ = false, stopping_ = false;
