@@ -60,7 +60,7 @@ struct TunnelCallbacks {
   // people. An orderly end is not told.
   std::function<void(TunnelService service, const absl::Status& why)> on_broken;
   // The last of the connections, of whichever service, has ended.
-  std::function<void()> on_idle;
+  std::function<void()> on_idle = nullptr;
 };
 
 inline constexpr size_t kMaxTunnelConnections = 128;

@@ -303,6 +303,28 @@ TEST_P(TunnelTest, HalfCloseOfTheService_LeavesTheQuestionsWay) {
   EXPECT_EQ(troubles_.size() + exit_troubles_.size(), 0u);
 }
 
+TEST_P(TunnelTest, EndOfTheLastConnection_IsTold) {
+  Listen();
+  std::atomic<int> told = 0;
+  std::promise<void> idle;
+  exit_options_.callbacks.on_idle = [&] {
+    if (told++ == 0) idle.set_value();
+  };
+  Start();
+  UniqueFd one = Connect(), one_served = Served();
+  UniqueFd other = Connect(), other_served = Served();
+  one.reset();
+  one_served.reset();
+  AwaitActive(1);
+  EXPECT_EQ(told, 0) << "one is still relayed";
+  other.reset();
+  other_served.reset();
+  EXPECT_EQ(idle.get_future().wait_until(Soon().when()), std::future_status::ready);
+  entrance_.reset();
+  exit_->Stop();
+  EXPECT_EQ(told, 1);
+}
+
 TEST_P(TunnelTest, ConnectionsReachTheServiceInOrder) {
   Listen();
   exit_ = std::make_unique<TunnelExit>(exit_options_);
