@@ -222,6 +222,7 @@ absl::Status DomainOutgoing::OpenTunnel() {
   SetEntrance(*std::move(entrance));
   vmm::LibvirtOptions remote;
   remote.uri = vmm::TunnelUri(command_.domain());
+  remote.migration_only = true;
   vmm::LibvirtCallbacks callbacks;
   auto was_up = std::make_shared<bool>(false);
   callbacks.on_state = [mail = mail_, watched = watched_, was_up](bool up, const std::string&) {

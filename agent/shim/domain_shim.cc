@@ -80,6 +80,7 @@ void DomainShim::Begin() {
   StartDevices(config);
   vmm::LibvirtOptions options;
   options.uri = config.libvirt_uri();
+  options.migration_only = true;
   vmm::LibvirtCallbacks callbacks;
   callbacks.on_state = [this](bool up, const std::string&) {
     loop_->Post([this, up] {

@@ -7,7 +7,7 @@ import time
 import unittest
 
 from batonlab.cluster import seconds, summary
-from batonlab.lab import wait_until
+from batonlab.lab import rss_anon, wait_until
 from batonlab.libvirt_case import VM, LibvirtTest
 
 # QEMU before 9.0 loses what a guest under TCG writes at the wrong moment of a migration ("physmem: Fix migration dirty
@@ -62,6 +62,21 @@ class Moves(LibvirtTest):
         finally:
             for host in self.cluster.hosts.values():
                 host.virsh("destroy", name, check=False)
+
+    def test_shims_are_small(self):
+        """While they wait, and while they carry memory on several encrypted channels."""
+        self.have_guest()
+        for point in ("prepared", "precopy"):
+            name = self.begin(point, options=("--channels", "4"))
+            if point == "precopy":
+                wait_until(lambda n=name: self.bytes_sent(n) > 4 << 20, lambda n=name: self.describe(n), 30, pause=0.1)
+            shims = [process for host in (self.source, self.destination) for process in self.processes("baton-shim", host)]
+            self.assertEqual(len(shims), 2)
+            for process in shims:
+                self.assertLess(rss_anon(process.pid), 8 << 20)
+            self.go_on(name)
+            self.assertEqual(self.cluster.wait_ended(name)["phase"], "SUCCEEDED")
+        self.assert_clean()
 
     def test_several_channels(self):
         self.have_guest()

@@ -10,7 +10,7 @@ import unittest
 
 from batonlab.case import ClusterTest
 from batonlab.cluster import seconds, summary
-from batonlab.lab import wait_until
+from batonlab.lab import rss_anon, wait_until
 
 
 class Moves(ClusterTest):
@@ -270,11 +270,6 @@ class Moves(ClusterTest):
         before = cpu_ticks(shim.pid)
         time.sleep(2)  # the time over which it must use nothing
         self.assertLessEqual(cpu_ticks(shim.pid) - before, 1)
-
-
-def rss_anon(pid):
-    with open(f"/proc/{pid}/status", encoding="utf-8") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
 
 
 def cpu_ticks(pid):

@@ -333,12 +333,14 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
       int id;
       virConnectDomainEventGenericCallback callback;
     };
+    // Those of a migration first.
+    constexpr size_t kOfMigration = 3;
     const Wanted wanted[] = {
         {VIR_DOMAIN_EVENT_ID_LIFECYCLE, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnLifecycle)},
-        {VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnDevice)},
-        {VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnDevice)},
         {VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnIteration)},
         {VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnJobCompleted)},
+        {VIR_DOMAIN_EVENT_ID_DEVICE_ADDED, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnDevice)},
+        {VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnDevice)},
         {VIR_DOMAIN_EVENT_ID_BALLOON_CHANGE, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnBalloon)},
     };
     registrations_.clear();
@@ -346,6 +348,7 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
       const int id = virConnectDomainEventRegisterAny(c, nullptr, w.id, w.callback, hold(), release);
       if (id < 0) return fail(fmt::format("event {}", w.id));
       registrations_.push_back(id);
+      if (options_.migration_only && registrations_.size() == kOfMigration) break;
     }
     return absl::OkStatus();
   }

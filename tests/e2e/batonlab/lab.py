@@ -18,6 +18,12 @@ class LabError(AssertionError):
     """What the lab waited for did not come."""
 
 
+def rss_anon(pid):
+    """Memory that a process has to itself, in bytes."""
+    with open(f"/proc/{pid}/status", encoding="utf-8") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+
+
 def wait_until(condition, what, timeout=30.0, pause=0.02):
     """Calls condition until it answers something true, and returns that. LabError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
