@@ -37,6 +37,10 @@ constexpr Duration kIterationGrace = milliseconds(20);
 // the policy has seen that further iterations gain nothing.
 constexpr int kFirstPart = 10;
 constexpr Duration kFirstLimit = milliseconds(10);
+// As libvirt counts versions: QEMU before 9.0 loses some of what a busy guest under TCG writes while it
+// copies. What it has not begun to copy when the guest stops it cannot lose, so there the first stop is the
+// best.
+constexpr unsigned long kRemembers = 9000000;
 
 bool PostCopyOnStall(const v1::MigrationParams& params) {
   return params.on_stall() == v1::ON_STALL_POSTCOPY && params.post_copy();
@@ -164,7 +168,7 @@ absl::Status DomainOutgoing::Prepare() {
 // What the call depends on here; whether the domain runs.
 absl::StatusOr<bool> DomainOutgoing::ReadSource(Deadline deadline) {
   struct Here {
-    bool persistent = false, running = false;
+    bool persistent = false, running = false, forgets = false;
     std::string xml;
   };
   auto here = vmm::CallFor<Here>(
@@ -181,11 +185,15 @@ absl::StatusOr<bool> DomainOutgoing::ReadSource(Deadline deadline) {
             virDomainGetXMLDesc(domain.get(), VIR_DOMAIN_XML_MIGRATABLE | VIR_DOMAIN_XML_SECURE), &std::free);
         if (!xml) return vmm::LibvirtError("XML");
         out.xml = xml.get();
+        unsigned long version = 0;
+        const bool emulated = out.xml.substr(0, out.xml.find('>')).find("'qemu'") != std::string::npos;
+        out.forgets = emulated && virConnectGetVersion(c, &version) == 0 && version < kRemembers;
         return out;
       },
       deadline);
   if (!here.ok()) return WithReason(here.status(), v1::VM_NOT_MIGRATABLE);
   source_.persistent = here->persistent;
+  forgets_ = here->forgets;
   source_.xml = std::move(here->xml);
   source_.disks_shared = p_.config.Get().domain_host().disks_shared();
   return here->running;
@@ -318,7 +326,7 @@ absl::Status DomainOutgoing::BeginCall(bool recover) {
   // Before the start, so that a guest that writes nothing is not gone before its limit is known.
   if (!recover) {
     const Duration whole = convergence_.max_downtime();
-    LimitDowntime(std::min(whole, std::max(kFirstLimit, whole / kFirstPart)));
+    LimitDowntime(forgets_ ? whole : std::min(whole, std::max(kFirstLimit, whole / kFirstPart)));
   }
   if (!recover) {
     deadline_ = Clock::now() + migration::DurationOr(command_.params().has_max_duration(),

@@ -139,6 +139,7 @@ class DomainOutgoing {
   uint64_t iteration_begun_ = 0;
   Clock::time_point iteration_due_{};
   Duration limit_told_{};  // of the blackout, to QEMU
+  bool forgets_ = false;   // QEMU, some of what the guest writes
   bool call_active_ = false;
   bool suspended_ = false;   // by the migration: its state may have left
   bool was_paused_ = false;  // by its user, before libvirt's job began
