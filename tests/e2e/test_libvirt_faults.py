@@ -37,6 +37,7 @@ OFTEN = {
     "destination_libvirtd": ("prepared", "precopy", "switchover", "finish", "confirm"),
     "source_shim": ("precopy", "finish", "confirm"),
     "destination_shim": ("prepared", "precopy"),
+    "destination_qemu": ("precopy", "finish"),
     "virtlogd": ("precopy",),
 }
 
