@@ -152,17 +152,34 @@ absl::Status Channel::Write(const void* data, size_t size, Deadline deadline) {
   return WriteAll(&buffer, 1, deadline);
 }
 
+namespace {
+
+absl::StatusOr<bool> IsTcp(int fd) {
+  sockaddr_storage address{};
+  socklen_t length = sizeof(address);
+  if (::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0)
+    return ErrnoError(errno, "peer connection: getsockname");
+  return address.ss_family == AF_INET || address.ss_family == AF_INET6;
+}
+
+}  // namespace
+
+absl::Status SetStallLimit(int fd, std::chrono::milliseconds limit) {
+  ASSIGN_OR_RETURN(const bool tcp, IsTcp(fd));
+  if (!tcp) return absl::OkStatus();
+  const auto value = static_cast<unsigned>(limit.count());
+  if (::setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &value, sizeof(value)) != 0)
+    return ErrnoError(errno, "peer connection: TCP_USER_TIMEOUT");
+  return absl::OkStatus();
+}
+
 absl::Status PrepareSocket(int fd) {
   int flags = ::fcntl(fd, F_GETFL);
   if (flags < 0 || ::fcntl(fd, F_SETFL, flags | O_NONBLOCK) != 0 || ::fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) {
     return ErrnoError(errno, "peer connection: fcntl");
   }
-  sockaddr_storage address{};
-  socklen_t length = sizeof(address);
-  if (::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) {
-    return ErrnoError(errno, "peer connection: getsockname");
-  }
-  if (address.ss_family != AF_INET && address.ss_family != AF_INET6) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const bool tcp, IsTcp(fd));
+  if (!tcp) return absl::OkStatus();
   const int on = 1;
   if (::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) != 0 ||
       ::setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &kTcpUserTimeoutMs, sizeof(kTcpUserTimeoutMs)) != 0 ||

@@ -40,6 +40,8 @@ class Channel {
   // The socket of a plaintext channel, for sendfile(2) and MSG_ZEROCOPY; -1 where bytes must go through
   // WriteAll().
   virtual int plain_fd() const = 0;
+  // The socket below, encrypted or not, for its options; -1 where there is none.
+  virtual int socket_fd() const { return plain_fd(); }
 
   // Exactly `size` bytes, as ReadAll().
   absl::Status Read(void* data, size_t size, Deadline deadline);
@@ -68,6 +70,11 @@ class Channel {
 // and keepalive probes after 5 s of silence: a host that is gone is noticed within 15 s, on a connection on
 // which nothing is sent as well. Unix sockets are left as they are apart from the first two.
 absl::Status PrepareSocket(int fd);
+
+// For a TCP connection whose reader is not Baton: how long the other end may take nothing before the
+// connection counts as broken. TCP_USER_TIMEOUT ends one with a closed window too, however alive the host is
+// (tcp(7)). Other sockets are left alone.
+absl::Status SetStallLimit(int fd, std::chrono::milliseconds limit);
 
 // Address of the other end, for messages: "10.0.0.2:7410", or "unix".
 std::string PeerName(int fd);

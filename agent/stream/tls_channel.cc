@@ -246,6 +246,7 @@ class TlsChannel final : public Channel {
   }
 
   int plain_fd() const override { return -1; }
+  int socket_fd() const override { return transport_.socket.get(); }
 
  private:
   static bool Retryable(int error) { return error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE; }

@@ -24,6 +24,10 @@ constexpr int kYields = 50;
 // For the last bytes of a direction to leave.
 constexpr Duration kCloseTimeout = std::chrono::seconds(30);
 
+// A daemon or a QEMU that is busy (a slow disk, memory being allocated) takes nothing for a while, and its
+// host is alive. One that is dead is noticed by libvirt's own keepalive before this.
+constexpr std::chrono::milliseconds kStallLimit = std::chrono::minutes(2);
+
 // Ended by Stop(), not by time.
 Deadline Whenever() { return Deadline::After(std::chrono::hours(24 * 365)); }
 
@@ -132,6 +136,8 @@ absl::Status TunnelRelay::Run(UniqueFd local) {
     local_ = std::move(local);
     if (stopped_) ::shutdown(local_.get(), SHUT_RDWR);
   }
+  if (absl::Status set = SetStallLimit(channel_->socket_fd(), kStallLimit); !set.ok())
+    LOG_WARN("{}: {}", channel_->peer(), Message(set));
   splice_ = splice_ && channel_->plain_fd() >= 0;
   if (splice_) MakeNonBlocking(channel_->plain_fd());
   BlockSignals();

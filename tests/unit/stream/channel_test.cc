@@ -208,6 +208,9 @@ TEST(Dial, ConnectsAllChannelsWithTheirPreambles) {
     EXPECT_NE(value, 0);
     EXPECT_EQ(::getsockopt((*channel)->plain_fd(), IPPROTO_TCP, TCP_USER_TIMEOUT, &value, &length), 0);
     EXPECT_EQ(value, 10'000);
+    EXPECT_TRUE(SetStallLimit((*channel)->socket_fd(), std::chrono::minutes(2)).ok());
+    EXPECT_EQ(::getsockopt((*channel)->plain_fd(), IPPROTO_TCP, TCP_USER_TIMEOUT, &value, &length), 0);
+    EXPECT_EQ(value, 120'000);
     EXPECT_EQ(::getsockopt((*channel)->plain_fd(), SOL_SOCKET, SO_KEEPALIVE, &value, &length), 0);
     EXPECT_NE(value, 0);
   }
