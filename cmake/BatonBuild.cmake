@@ -79,7 +79,7 @@ function(baton_test name)
   endif()
   add_executable(${name} ${ARG_SRCS})
   target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR})
-  target_link_libraries(${name} PRIVATE ${ARG_DEPS} GTest::gmock GTest::gtest_main)
+  target_link_libraries(${name} PRIVATE ${ARG_DEPS} baton_test_main)
   # What is tested is optimised as it is shipped; the tests themselves are not: half of the time of compiling them.
   target_compile_options(${name} PRIVATE -O0)
   if(BATON_SANITIZE)

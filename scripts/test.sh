@@ -13,7 +13,7 @@ all_stages=(lint unit integration fuzz demo e2e)
 preset=release
 total=0
 failed=0
-declare -a failures=()
+declare -a failures=() unsteady=()
 mkdir -p build logs
 # The essential lines of what failed, shown once more at the end.
 digest=logs/test-failures.log
@@ -71,31 +71,48 @@ essence() {
     }' "$1"
 }
 
-# tests PRESET [CTEST ARGUMENT...]: runs ctest and adds its counts. No tests at all is a failure.
-tests() {
-  local preset=$1 start=$SECONDS log summary bad all
-  shift
-  log=logs/test-$preset-$(echo "$*" | tr -c 'a-z0-9\n' -).log
+# run_ctest LOG PRESET [CTEST ARGUMENT...]: runs it and sets `bad` and `all`. No tests at all is a failure.
+run_ctest() {
+  local log=$1 preset=$2 summary
+  shift 2
   ctest --test-dir "build/$preset" --no-tests=error --output-on-failure "$@" 2>&1 | tee "$log"
   summary=$(grep -E '^[0-9]+% tests passed, [0-9]+ tests failed out of [0-9]+' "$log" | tail -n 1)
-  if [ -z "$summary" ]; then
-    count "ctest $preset $*" 1
-    return
-  fi
+  [ -n "$summary" ] || return
   bad=$(sed -E 's/.*passed, ([0-9]+) tests failed.*/\1/' <<<"$summary")
   all=$(sed -E 's/.*out of ([0-9]+).*/\1/' <<<"$summary")
-  total=$((total + all))
-  failed=$((failed + bad))
-  if [ "$bad" != 0 ]; then
-    while read -r name; do
-      failures+=("$preset: $name")
-      { echo "--- $preset: $name" && essence "$log" "${name%% (*}"; } >>"$digest"
-    done < <(
-      sed -n '/^The following tests FAILED:/,/^Errors while/p' "$log" | sed -nE 's/^\s*[0-9]+ - (.*)/\1/p')
+}
+
+# failed_of LOG: the names of the tests that failed, and how.
+failed_of() { sed -n '/^The following tests FAILED:/,/^Errors while/p' "$1" | sed -nE 's/^\s*[0-9]+ - (.*)/\1/p'; }
+
+# tests PRESET [CTEST ARGUMENT...]: runs ctest and adds its counts. One or two tests that fail have a second attempt: what
+# a loaded machine did to a test must not cost a whole run, but it is told of at the end, with what failed, because it is a
+# defect of the test or of the program all the same.
+tests() {
+  local preset=$1 start=$SECONDS log bad all name verdict=failed
+  shift
+  log=logs/test-$preset-$(echo "$*" | tr -c 'a-z0-9\n' -).log
+  if ! run_ctest "$log" "$preset" "$@"; then
+    count "ctest $preset $*" 1
+    return
   fi
   # A test that did not run is not a test that passed.
   if grep -qE '\*\*\*(Skipped|Not Run)' "$log" || grep -aF '[  SKIPPED ]' "build/$preset/Testing/Temporary/LastTest.log" >&2; then
     count "nothing skipped in $preset $*" 1
+  fi
+  total=$((total + all))
+  if [ "$bad" != 0 ]; then
+    local -a names
+    mapfile -t names < <(failed_of "$log")
+    if [ "$bad" -le 2 ]; then
+      say "second attempt: ${names[*]}"
+      if run_ctest "${log%.log}-again.log" "$preset" --rerun-failed && [ "$bad" = 0 ]; then verdict=unsteady; fi
+    fi
+    for name in "${names[@]}"; do
+      if [ "$verdict" = failed ]; then failures+=("$preset: $name"); else unsteady+=("$preset: $name"); fi
+      { echo "--- $preset: $name" && essence "$log" "${name%% (*}"; } >>"$digest"
+    done
+    [ "$verdict" = unsteady ] || failed=$((failed + ${#names[@]}))
   fi
   say "ctest $preset $*: $((SECONDS - start)) s"
 }
@@ -159,9 +176,16 @@ finish() {
   local percent=0
   [ "$total" = 0 ] || percent=$(((total - failed) * 100 / total))
   # ctest rounds, and never to 100 while something failed.
-  if [ "$failed" != 0 ]; then
+  if [ -s "$digest" ]; then
     echo
     cat "$digest"
+  fi
+  if [ ${#unsteady[@]} != 0 ]; then
+    echo
+    echo "The following tests failed once and passed at a second attempt:"
+    printf '  %s\n' "${unsteady[@]}"
+  fi
+  if [ "$failed" != 0 ]; then
     echo
     echo "The following tests FAILED:"
     printf '  %s\n' "${failures[@]}"

@@ -3,7 +3,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <csignal>
 #include <filesystem>
 #include <fstream>
 
@@ -36,7 +35,6 @@ HarnessOptions Options() {
 
 class LabGuestTest : public testing::Test {
  protected:
-  LabGuestTest() { ::signal(SIGPIPE, SIG_IGN); }
   void Start(HarnessOptions options) {
     harness_ = std::make_unique<Harness>(std::move(options));
     absl::Status started = harness_->Start();
@@ -169,7 +167,6 @@ TEST_F(LabGuestTest, ADamagedStateIsRefused) {
 class LabProgramTest : public testing::Test {
  protected:
   LabProgramTest() {
-    ::signal(SIGPIPE, SIG_IGN);
     char dir[] = "/tmp/blp-XXXXXX";
     dir_ = ::mkdtemp(dir);
     for (const char* host : {"a", "b"}) std::filesystem::create_directory(dir_ + "/" + host);

@@ -5,7 +5,6 @@
 #include <sys/eventfd.h>
 
 #include <atomic>
-#include <csignal>
 #include <filesystem>
 #include <mutex>
 #include <thread>
@@ -127,7 +126,6 @@ class NetDevice {
 class UmlNet : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
-    ::signal(SIGPIPE, SIG_IGN);
     InitLogging({.program = "net_test", .level = "info", .json = false, .context = ""});
   }
   void StartDevice(uint64_t less_features = 0) {

@@ -70,8 +70,6 @@ void Qsd::Kill() {
 }
 
 absl::StatusOr<UmlGuest> UmlGuest::Start(const Options& o) {
-  // A guest that has ended is an error with what it said, not the end of the test.
-  std::signal(SIGPIPE, SIG_IGN);
   const std::string initrd = o.directory + "/initrd";
   if (!std::filesystem::exists(initrd)) {
     SpawnOptions build;

@@ -7,7 +7,6 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <csignal>
 #include <cstdlib>
 #include <filesystem>
 
@@ -24,7 +23,6 @@ uint32_t Number(Request request) { return static_cast<uint32_t>(request); }
 }  // namespace
 
 LabDirectory::LabDirectory() {
-  ::signal(SIGPIPE, SIG_IGN);
   char dir[] = "/tmp/ld-XXXXXX";
   dir_ = ::mkdtemp(dir);
 }

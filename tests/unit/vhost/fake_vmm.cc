@@ -4,7 +4,6 @@
 #include <poll.h>
 #include <sys/mman.h>
 
-#include <csignal>
 #include <cstdlib>
 #include <filesystem>
 
@@ -194,7 +193,6 @@ bool FakeVmm::AwaitUsed(uint16_t index) {
 }
 
 MediatorFixture::MediatorFixture() {
-  ::signal(SIGPIPE, SIG_IGN);
   char dir[] = "/tmp/bm-XXXXXX";
   dir_ = ::mkdtemp(dir);
   UniqueFd image(::open((dir_ + "/image").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));

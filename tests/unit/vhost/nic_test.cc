@@ -6,7 +6,6 @@
 #include <sys/socket.h>
 
 #include <algorithm>
-#include <csignal>
 #include <filesystem>
 
 #include "agent/vhost/backend_state.h"
@@ -32,7 +31,6 @@ constexpr uint64_t kNicProtocol =
 class NicTest : public testing::Test {
  protected:
   NicTest() {
-    ::signal(SIGPIPE, SIG_IGN);
     char dir[] = "/tmp/bn-XXXXXX";
     dir_ = ::mkdtemp(dir);
     options_.socket = dir_ + "/backend.sock";
