@@ -85,7 +85,7 @@ run_ctest() {
 # failed_of LOG: the names of the tests that failed, and how.
 failed_of() { sed -n '/^The following tests FAILED:/,/^Errors while/p' "$1" | sed -nE 's/^\s*[0-9]+ - (.*)/\1/p'; }
 
-# tests PRESET [CTEST ARGUMENT...]: runs ctest and adds its counts. One or two tests that fail have a second attempt: what
+# tests PRESET [CTEST ARGUMENT...]: runs ctest and adds its counts. Up to three tests that fail have a second attempt: what
 # a loaded machine did to a test must not cost a whole run, but it is told of at the end, with what failed, because it is a
 # defect of the test or of the program all the same.
 tests() {
@@ -104,7 +104,7 @@ tests() {
   if [ "$bad" != 0 ]; then
     local -a names
     mapfile -t names < <(failed_of "$log")
-    if [ "$bad" -le 2 ]; then
+    if [ "$bad" -le 3 ]; then
       say "second attempt: ${names[*]}"
       if run_ctest "${log%.log}-again.log" "$preset" --rerun-failed && [ "$bad" = 0 ]; then verdict=unsteady; fi
     fi
