@@ -80,6 +80,10 @@ run_ctest() {
   [ -n "$summary" ] || return
   bad=$(sed -E 's/.*passed, ([0-9]+) tests failed.*/\1/' <<<"$summary")
   all=$(sed -E 's/.*out of ([0-9]+).*/\1/' <<<"$summary")
+  # A test that did not run is not a test that passed, at a second attempt neither.
+  if grep -qE '\*\*\*(Skipped|Not Run)' "$log" || grep -aF '[  SKIPPED ]' "build/$preset/Testing/Temporary/LastTest.log" >&2; then
+    count "nothing skipped in $preset $*" 1
+  fi
 }
 
 # failed_of LOG: the names of the tests that failed, and how.
@@ -95,10 +99,6 @@ tests() {
   if ! run_ctest "$log" "$preset" "$@"; then
     count "ctest $preset $*" 1
     return
-  fi
-  # A test that did not run is not a test that passed.
-  if grep -qE '\*\*\*(Skipped|Not Run)' "$log" || grep -aF '[  SKIPPED ]' "build/$preset/Testing/Temporary/LastTest.log" >&2; then
-    count "nothing skipped in $preset $*" 1
   fi
   total=$((total + all))
   if [ "$bad" != 0 ]; then
