@@ -7,40 +7,18 @@ import unittest
 from batonlab.case import ClusterTest
 from batonlab.cluster import seconds, summary
 from batonlab.lab import wait_until
+from batonlab.slow_disk import HANDOFF, SlowDisk
 
-HANDOFF = ("--inflight", "handoff")
 
-
-class Handoff(ClusterTest):
-    LAB_STORAGE = []
+class Handoff(SlowDisk, ClusterTest):
     # Eight requests in flight, each of them for 600 ms.
     CMDLINE = "lab.pages=512 lab.dirty=200 lab.blocks=512 lab.writers=8"
-    LATENCY_US = 600000
-    seen = None
-
-    def setUp(self):
-        super().setUp()
-        self.have_guest()
-        self.latency(self.LATENCY_US)
-
-    def tearDown(self):
-        self.latency(0)
-        super().tearDown()
-
-    def latency(self, micros):
-        cls = type(self)
-        if cls.cluster is None:
-            return
-        for agent in cls.cluster.agents.values():
-            agent.storage.set(latency_us=micros)
 
     def assert_handed_off(self, migration):
-        progress = migration["progress"]
-        stops = progress["device_stops"]
-        self.assertEqual([stop["answer"] for stop in stops], ["HANDOFF"], stops)
-        self.assertGreater(int(progress["inflight_handed_off"]), 0, stops)
+        super().assert_handed_off(migration)
         # Nothing waited for the disk.
-        self.assertLess(seconds(progress["drain"]), self.LATENCY_US / 1e6 / 2, stops)
+        progress = migration["progress"]
+        self.assertLess(seconds(progress["drain"]), self.LATENCY_US / 1e6 / 2, progress["device_stops"])
 
     def test_there_and_back_with_requests_in_flight(self):
         for to in reversed(self.ends()):
@@ -113,10 +91,6 @@ class Handoff(ClusterTest):
     def test_destination_backend_dies_with_the_set(self):
         self.check_killed(("destination", "baton-lab-device"), "destination", "loaded",
                           {("SUCCEEDED", "DESTINATION"), ("FAILED", "SOURCE")})
-
-    def writes_stand_still(self):
-        before, self.seen = self.seen, self.guest.status()["writes"]
-        return before == self.seen
 
     def test_held_requests_arrive_and_complete_there(self):
         source, destination = self.ends()

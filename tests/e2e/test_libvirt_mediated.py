@@ -11,6 +11,7 @@ from batonlab.lab import wait_until
 from batonlab.libvirt import VHOST_USER_DISK, DomainGuest, LibvirtCluster
 from batonlab.libvirt_case import VM, LibvirtTest, backports_of
 from batonlab.nic import ARP, RARP, NetDevice, Outside
+from batonlab.slow_disk import HANDOFF, SlowDisk
 
 # See test_libvirt.py: QEMU before 9.0 loses what a busy guest under TCG writes during a migration.
 QUIET = "lab.pages=256 lab.dirty=20 lab.blocks=64 lab.writers=1 lab.delay_us=20000"
@@ -133,35 +134,11 @@ class Mediated(BackendTest):
         self.assertNotIn("What it misses", described)
 
 
-HANDOFF = ("--inflight", "handoff")
+class Handoff(SlowDisk, BackendTest):
+    """With requests that take longer than any blackout: they go from mediator to mediator while QEMU waits for its device to
+    stop."""
 
-
-class Handoff(BackendTest):
-    """A back-end that stops without completing (the lab device; no released one does), with requests that take longer than
-    any blackout: they go from mediator to mediator while QEMU waits for its device to stop."""
-
-    LAB_STORAGE = []
-    LATENCY_US = 600000
     CMDLINE = "lab.pages=256 lab.dirty=20 lab.blocks=64 lab.writers=4"
-
-    def setUp(self):
-        super().setUp()
-        self.have_guest()
-        self.latency(self.LATENCY_US)
-
-    def tearDown(self):
-        self.latency(0)
-        super().tearDown()
-
-    def latency(self, micros):
-        cls = type(self)
-        for agent in cls.cluster.agents.values() if cls.cluster else ():
-            agent.storage.set(latency_us=micros)
-
-    def assert_handed_off(self, migration):
-        progress = migration["progress"]
-        self.assertEqual([stop["answer"] for stop in progress["device_stops"]], ["HANDOFF"], progress["device_stops"])
-        self.assertGreater(int(progress["inflight_handed_off"]), 0, progress["device_stops"])
 
     def test_requests_in_flight_go_along_there_and_back(self):
         for to in reversed(self.ends()):
@@ -203,30 +180,17 @@ class Handoff(BackendTest):
         self.latency(0)
         self.assert_clean()
 
-    def writes_stand_still(self):
-        before, self.seen = self.seen, self.guest.status()["writes"]
-        return before == self.seen
 
-    seen = None
-
-
-class HandoffNewer(BackendTest):
+class HandoffNewer(SlowDisk, BackendTest):
     """The same with QEMU 10.0 from backports."""
 
     BACKPORTS = {"a": "qemu", "b": "qemu"}
-    LAB_STORAGE = Handoff.LAB_STORAGE
     CMDLINE = Handoff.CMDLINE
 
     def test_requests_in_flight_go_along_there_and_back(self):
-        self.have_guest()
-        for agent in self.cluster.agents.values():
-            agent.storage.set(latency_us=Handoff.LATENCY_US)
-        try:
-            for to in reversed(self.ends()):
-                Handoff.assert_handed_off(self, self.move(to, options=HANDOFF))
-        finally:
-            for agent in self.cluster.agents.values():
-                agent.storage.set(latency_us=0)
+        for to in reversed(self.ends()):
+            self.assert_handed_off(self.move(to, options=HANDOFF))
+        self.latency(0)
         self.assert_clean()
 
 

@@ -6,6 +6,7 @@ import unittest
 
 from batonlab.case import ClusterTest
 from batonlab.lab import ROOT
+from batonlab.slow_disk import HANDOFF, SlowDisk
 
 
 def backports():
@@ -35,22 +36,15 @@ class Backports(ClusterTest):
         self.assert_clean()
 
 
-class BackportsHandoff(Backports):
+class BackportsHandoff(SlowDisk, Backports):
     """QEMU 10.0 on the lab device: requests in flight move with the guest."""
 
-    LAB_STORAGE = []
     CMDLINE = "lab.pages=512 lab.dirty=200 lab.blocks=512 lab.writers=8"
 
     def test_there_and_back(self):
-        self.have_guest("a")
-        for agent in self.cluster.agents.values():
-            agent.storage.set(latency_us=600000)
         for host in ("b", "a"):
-            progress = self.move(host, options=("--inflight", "handoff"))["progress"]
-            self.assertEqual([stop["answer"] for stop in progress["device_stops"]], ["HANDOFF"], progress)
-            self.assertGreater(int(progress["inflight_handed_off"]), 0, progress)
-        for agent in self.cluster.agents.values():
-            agent.storage.set(latency_us=0)
+            self.assert_handed_off(self.move(host, options=HANDOFF))
+        self.latency(0)
         self.assert_clean()
 
 

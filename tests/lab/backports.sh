@@ -3,6 +3,35 @@
 # installing anything. The package source is derived from the one the machine already uses: same address, suite
 # CODENAME-backports, in apt lists and caches of its own.
 
+# begin_backports NAME WHOLE [DIR]: sets `dir`, where what is unpacked shall be (default: build/cache/NAME, or
+# $BATON_CACHE/NAME), and `work`, a new directory beside it that is gone at the end. Where DIR/WHOLE is an executable,
+# that has been done already: prints `dir` and exits. One process at a time gets past this.
+begin_backports() {
+  name=$1
+  dir=${3:-${BATON_CACHE:-$(dirname "${BASH_SOURCE[0]}")/../../build/cache}/$name}
+  mkdir -p "$(dirname "$dir")"
+  dir=$(realpath -m "$dir")
+  exec 9>"$(dirname "$dir")/$name.lock"
+  flock 9
+  if [ -x "$dir/$2" ]; then
+    echo "$dir"
+    exit 0
+  fi
+  work=$(mktemp -d "$dir.XXXXXX")
+  trap 'rm -rf "$work"' EXIT
+}
+
+# end_backports TREE: puts it where it shall be, whole, and prints that directory.
+end_backports() {
+  mv "$1" "$dir"
+  echo "$dir"
+}
+
+fail() {
+  echo "$name: $*" >&2
+  exit 1
+}
+
 # unpack_backports ROOT PACKAGE...: what these packages and those that they need beyond the installed ones hold, below
 # ROOT, which must be new; what apt needs is put beside it and removed.
 unpack_backports() {

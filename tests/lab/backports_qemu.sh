@@ -6,27 +6,10 @@
 #   backports_qemu.sh [DIR]     default: build/cache/qemu-backports, or $BATON_CACHE/qemu-backports
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd "$here/../.." && pwd)
 # shellcheck source=tests/lab/backports.sh
-. "$here/backports.sh"
-dir=${1:-${BATON_CACHE:-$root/build/cache}/qemu-backports}
+. "$(dirname "${BASH_SOURCE[0]}")/backports.sh"
+begin_backports qemu-backports bin/qemu-system-x86_64 "$@"
 
-fail() {
-  echo "QEMU from backports: $*" >&2
-  exit 1
-}
-
-mkdir -p "$(dirname "$dir")"
-exec 9>"$(dirname "$dir")/qemu-backports.lock"
-flock 9
-if [ -x "$dir/bin/qemu-system-x86_64" ]; then
-  echo "$dir"
-  exit 0
-fi
-
-work=$(mktemp -d "$dir.XXXXXX")
-trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/tree/bin"
 unpack_backports "$work/tree/root" qemu-system-x86 qemu-system-common qemu-system-data seabios
 [ -x "$work/tree/root/usr/bin/qemu-system-x86_64" ] || fail "the packages hold no qemu-system-x86_64"
@@ -45,5 +28,4 @@ WRAPPER
   chmod +x "$work/tree/bin/$program"
 done
 "$work/tree/bin/qemu-system-x86_64" --version >&2 || fail "the unpacked QEMU does not start"
-mv "$work/tree" "$dir"
-echo "$dir"
+end_backports "$work/tree"
