@@ -1,5 +1,5 @@
 // virtio-net on the wire: feature bits, configuration space, control commands, packet header (VIRTIO 1.4,
-// 5.1; device-reference 6.2). Numbers only.
+// 5.1). Numbers only.
 #pragma once
 
 #include <array>

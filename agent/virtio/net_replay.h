@@ -8,7 +8,7 @@
 namespace baton::virtio {
 
 // Commands that bring a device of `limits` from NetState::Default to `state`, in the order in which QEMU
-// restores a vDPA NIC (device-reference 2.9: address, tables, pairs, RSS or hash, offloads, receive modes,
+// restores a vDPA NIC (net/vhost-vdpa.c: address, tables, pairs, RSS or hash, offloads, receive modes,
 // VLANs), followed by what it forgets: hash without MQ, coalescing, hash tunnel, RSS contexts. To be sent
 // with the control ring running and the data rings not yet enabled, and every acknowledgement checked.
 // `state` must be valid for `limits`. What no command can set (announce_pending, a MAC address without

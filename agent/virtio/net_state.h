@@ -113,7 +113,7 @@ struct NetState {
   uint32_t hash_tunnel = 0;
   std::map<uint16_t, RssConfig> rss_contexts;  // by id, from 1
 
-  // After a reset (device-reference 6.2): one pair, every negotiated offload, empty tables, promiscuous.
+  // After a reset: one pair, every negotiated offload, empty tables, promiscuous.
   static NetState Default(const NetLimits& limits);
   bool operator==(const NetState&) const = default;
   // Whether a device of these limits can be in this state. FailedPrecondition says in words what it cannot.

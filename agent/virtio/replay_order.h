@@ -1,5 +1,5 @@
 // In which order requests that were in flight are submitted again by the device that took them over
-// (device-reference: overlapping ones in the order in which they were fetched, the others at once, a flush
+// (overlapping ones in the order in which they were fetched, the others at once, a flush
 // after the writes before it, and nothing new past what it overlaps). Pure.
 //
 //   ReplayOrder order(std::move(requests));          // oldest first

@@ -62,8 +62,7 @@ class GuestMap {
   virtio::GuestMemory memory_;
 };
 
-// The shared dirty log: a bit for each 4 KiB page, set after the data was written (device-reference:
-// LOG_BASE).
+// The shared dirty log: a bit for each 4 KiB page, set after the data was written (VHOST_USER_SET_LOG_BASE).
 class SharedLog {
  public:
   absl::Status Set(const vhost::LogDescription& description, int fd);

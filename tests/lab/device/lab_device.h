@@ -29,7 +29,7 @@
 
 namespace baton::lab {
 
-// Message ids and protocol bits of suspension without completing (device-reference 7), and of device state.
+// Message ids and protocol bits of suspension without completing, and of device state.
 inline constexpr uint32_t kMsgSetDeviceStateFd = 42, kMsgCheckDeviceState = 43, kMsgGetBaseSkipDrain = 45;
 inline constexpr uint64_t kPfDeviceState = 1u << 19, kPfGetBaseInflight = 1u << 20,
                           kPfGetBaseSkipDrain = 1u << 23;

@@ -269,7 +269,7 @@ TEST_P(QueueTest, EnablingTellsWhatArrivedMeanwhile) {
   }
 }
 
-// device-reference: SPDK and other polling back-ends leave NO_NOTIFY in guest memory.
+// SPDK and other polling back-ends leave NO_NOTIFY in guest memory.
 TEST_P(QueueTest, ASuccessorOfAPollingDeviceAsksForKicksAgain) {
   Make(4, 0);
   device_->DisableKicks();
