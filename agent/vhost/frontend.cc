@@ -142,6 +142,19 @@ absl::Status Frontend::GetVringBases(Request request, std::span<const uint32_t> 
   return absl::OkStatus();
 }
 
+absl::Status Frontend::Unasked() const {
+  Header header;
+  const ssize_t n = ::recv(fd(), &header, sizeof header, MSG_PEEK | MSG_DONTWAIT);
+  if (n == 0 || (n < 0 && errno == ECONNRESET)) return absl::UnavailableError("the back-end hung up");
+  if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR)) return absl::OkStatus();
+  if (n < 0) return ErrnoError(errno, "receiving");
+  if (n < static_cast<ssize_t>(sizeof header) ||
+      !(CheckHeader(header, /*reply=*/true).ok() || CheckHeader(header, /*reply=*/false).ok()))
+    return absl::InvalidArgumentError("the back-end sent bytes that are no message, and nobody had asked");
+  return Error(absl::StatusCode::kInvalidArgument, "the back-end sent {} ({} bytes), and nobody had asked",
+               RequestName(header.request), header.size);
+}
+
 absl::StatusOr<WireMessage> Frontend::FinishOverdue(Deadline deadline) {
   if (!overdue_) return absl::InternalError("no answer is overdue");
   Overdue overdue = *std::exchange(overdue_, std::nullopt);

@@ -79,6 +79,10 @@ class Frontend {
   absl::Status SendGetFeatures(Deadline deadline);
   absl::StatusOr<uint64_t> FinishGetFeatures(Deadline deadline);
 
+  // fd() is readable although nothing was asked: Unavailable (the back-end hung up), InvalidArgument (what
+  // came instead; it stays unread, and the connection must be dropped), or OK if there is nothing after all.
+  absl::Status Unasked() const;
+
   // Handles what waits on channel_fd(). A back-end that closes or misuses its channel loses it, nothing else.
   void ServeChannel();
 

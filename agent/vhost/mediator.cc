@@ -162,10 +162,7 @@ bool Mediator::Impl::HandleEvents(int timeout_ms) {
         FinishOverdue();
         break;
       default:
-        // Nothing was asked: it hung up, or speaks out of turn.
-        LoseBackend(p[kBackend].revents & (POLLHUP | POLLERR)
-                        ? absl::UnavailableError("the back-end hung up")
-                        : absl::InvalidArgumentError("the back-end sent something nobody asked for"));
+        if (absl::Status unasked = link_.frontend->Unasked(); !unasked.ok()) LoseBackend(unasked);
     }
   } else if (link_.state == LinkState::kHello && Deadline::At(link_.hello_until).Expired()) {
     LoseBackend(absl::DeadlineExceededError("the back-end accepts the connection but does not answer"));

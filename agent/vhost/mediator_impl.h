@@ -293,8 +293,8 @@ class Mediator::Impl {
   // Waits until everything that the guest made available is used. False at the deadline, or when the back-end
   // is lost.
   bool AwaitAllUsed(uint32_t index, Deadline deadline);
-  // Serves the back-end for a moment of a drain; false when it is lost.
-  bool DrainMoment();
+  // Serves the back-end for a moment of a drain; an error when it is lost.
+  absl::Status DrainMoment();
   // The device consumes whatever is made available, so that a ring whose driver is quiet runs empty by
   // itself.
   bool RunsEmpty() const {
@@ -326,8 +326,8 @@ class Mediator::Impl {
   // will once it answers.
   absl::Status StopForSwap(Deadline deadline);
   absl::Status StopRingForSwap(uint32_t index, Deadline deadline);
-  // For back-ends that drain when they are left: leaves it, and waits until it speaks again.
   absl::Status AwaitRead(int silence, Deadline deadline);
+  // For back-ends that drain when they are left: leaves it, and waits until it speaks again.
   absl::Status DrainByDisconnect(Deadline deadline);
   void ResumeAfterSwap();
   // Gives a ring that runs its own kick descriptor back.

@@ -13,15 +13,16 @@ constexpr auto kDrainPoll = std::chrono::microseconds(100);
 
 }  // namespace
 
-bool Mediator::Impl::DrainMoment() {
+absl::Status Mediator::Impl::DrainMoment() {
   Frontend& fe = *link_.frontend;
   pollfd p[2] = {{fe.fd(), POLLIN, 0}, {fe.channel_fd(), POLLIN, 0}};
   timespec wait{0, std::chrono::nanoseconds(kDrainPoll).count()};
-  if (::ppoll(p, 2, &wait, nullptr) <= 0) return true;
+  if (::ppoll(p, 2, &wait, nullptr) <= 0) return absl::OkStatus();
   if (p[1].revents) fe.ServeChannel();
-  if (!p[0].revents) return true;
-  LoseBackend(absl::UnavailableError("the back-end hung up while a ring drained"));
-  return false;
+  if (!p[0].revents) return absl::OkStatus();
+  absl::Status unasked = Annotate(fe.Unasked(), "while a ring drained");
+  if (!unasked.ok()) LoseBackend(unasked);
+  return unasked;
 }
 
 bool Mediator::Impl::AwaitAllUsed(uint32_t index, Deadline deadline) {
@@ -33,7 +34,7 @@ bool Mediator::Impl::AwaitAllUsed(uint32_t index, Deadline deadline) {
     // A vCPU that stopped between its store to avail->idx and its kick has made a request available that the
     // back-end was never told of. The driver's own kick comes when the guest goes on, and is spurious then.
     if (!kicked) Inject(record_.vrings[index].kick);
-    if (deadline.Expired() || !DrainMoment()) return false;
+    if (deadline.Expired() || !DrainMoment().ok()) return false;
   }
 }
 
@@ -71,7 +72,7 @@ uint32_t Mediator::Impl::StopVring(uint32_t index) {
   }
   // Back-ends that answer at once complete the rest in the background.
   while (!record_.packed() && UsedIndex(index) != *base && !deadline.Expired()) {
-    if (!DrainMoment()) return UsedIndex(index);  // still marked as running, and so as lost
+    if (!DrainMoment().ok()) return UsedIndex(index);  // still marked as running, and so as lost
   }
   AppliedVring& applied = link_.vrings[index];
   applied.running = false;

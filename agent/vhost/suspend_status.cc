@@ -39,7 +39,7 @@ void Mediator::Impl::SuspendByStatus(Deadline deadline) {
     if (*status & kNeedsReset)
       return lose(absl::UnavailableError("the device could not be suspended and asks to be reset"));
     if ((*status & kSuspended) && !(*status & kDriverOk)) return;
-    if (!DrainMoment()) return;
+    if (!DrainMoment().ok()) return;
   }
   // What it has not completed is seen ring by ring.
   LOG_WARN("device {}: it is not suspended at the bound of its stop", name());

@@ -228,10 +228,8 @@ absl::Status Mediator::Impl::StopForSwap(Deadline deadline) {
                        "{} requests are still in flight at the bound", InFlightByRegion().value_or(0));
         break;
       }
-      if (!DrainMoment()) {
-        status = absl::UnavailableError("the back-end hung up while a ring drained");
-        break;
-      }
+      status = DrainMoment();
+      if (!status.ok()) break;
     }
     for (size_t i = 0; status.ok() && i < running.size(); ++i) status = StopRingForSwap(running[i], deadline);
   }
@@ -249,12 +247,15 @@ absl::Status Mediator::Impl::StopForSwap(Deadline deadline) {
 // connection that has ended, and aborts when a kick makes it fetch another one meanwhile (the assertion in
 // vhost_user_server_ref).
 absl::Status Mediator::Impl::AwaitRead(int silence, Deadline deadline) {
-  pollfd p[2] = {{silence, POLLOUT, 0}, {link_.frontend->fd(), POLLIN, 0}};
-  if (::poll(p, 2, deadline.PollTimeoutMs()) == 0)
-    return Error(v1::DRAIN_TIMEOUT, absl::StatusCode::kDeadlineExceeded,
-                 "its back-end did not read a notification in time");
-  return p[0].revents != 0 ? absl::OkStatus()
-                           : absl::UnavailableError("the back-end hung up while a ring drained");
+  for (;;) {
+    pollfd p[2] = {{silence, POLLOUT, 0}, {link_.frontend->fd(), POLLIN, 0}};
+    const int n = ::poll(p, 2, deadline.PollTimeoutMs());
+    if (n > 0 && p[0].revents != 0) return absl::OkStatus();
+    if (n > 0) RETURN_IF_ERROR(Annotate(link_.frontend->Unasked(), "while a ring drained"));
+    if (deadline.Expired())
+      return Error(v1::DRAIN_TIMEOUT, absl::StatusCode::kDeadlineExceeded,
+                   "its back-end did not read a notification in time");
+  }
 }
 
 absl::Status Mediator::Impl::StopRingForSwap(uint32_t index, Deadline deadline) {
@@ -272,7 +273,7 @@ absl::Status Mediator::Impl::StopRingForSwap(uint32_t index, Deadline deadline) 
   // Back-ends that answer at once complete the rest in the background.
   while (!record_.packed() && UsedIndex(index) != *base) {
     if (deadline.Expired()) break;
-    if (!DrainMoment()) return absl::UnavailableError("the back-end hung up while a ring drained");
+    RETURN_IF_ERROR(DrainMoment());
   }
   VringRecord& vring = record_.vrings[index];
   AppliedVring& applied = link_.vrings[index];

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "tests/unit/vhost/fake_vmm.h"
+#include "tests/unit/vhost/scripted_backend.h"
 
 namespace baton::vhost {
 namespace {
@@ -144,6 +145,45 @@ TEST_F(MediatorSwap, ABackendThatNeverAnswersTheStopIsKept) {
   StartBackend();
   ASSERT_TRUE(Becomes(v1::Device::ACTIVE)) << mediator_->Describe().ShortDebugString();
   Work(3);
+}
+
+// One that drains when it is left is first given a kick descriptor that it has to read. Whatever comes from
+// it instead, the device is recovered over a new connection, and the message says what it was.
+TEST_F(MediatorSwap, WhatComesInsteadOfTheReadIsSaid) {
+  struct Case {
+    uint32_t speaks, leaves;
+    std::string message;
+  };
+  // The first kick descriptor is that of the ring's start.
+  for (const Case& c :
+       {Case{2, 0, "while a ring drained: the back-end sent GET_FEATURES (8 bytes), and nobody"},
+        Case{0, 2, "while a ring drained: the back-end hung up"}}) {
+    ScriptedBackendOptions scripted{
+        .socket = dir_ + "/other.sock",
+        .features = virtio::kFVersion1 | virtio::kVhostUserFProtocolFeatures,
+        .protocol_features = pf::kReplyAck | pf::kConfig,
+    };
+    const ScriptedBackend other(scripted);
+    scripted.socket = dir_ + "/backend.sock";
+    scripted.speaks_at_kick = c.speaks;
+    scripted.leaves_at_kick = c.leaves;
+    const ScriptedBackend backend(scripted);
+    MediatorOptions options = Options();
+    options.backend.set_kind(v1::QEMU_STORAGE_DAEMON);
+    ASSERT_NO_FATAL_FAILURE(StartMediator(std::move(options)));
+    vmm_ = std::make_unique<FakeVmm>(dir_ + "/vmm.sock");
+    ASSERT_NO_FATAL_FAILURE(vmm_->Negotiate());
+    ASSERT_NO_FATAL_FAILURE(vmm_->SetMemory());
+    ASSERT_NO_FATAL_FAILURE(vmm_->StartRing());
+    auto swapped = Swap(To("other.sock"));
+    EXPECT_EQ(ReasonOf(swapped.status()), v1::SOURCE_BACKEND_FAILED) << swapped.status();
+    EXPECT_THAT(Message(swapped.status()), testing::HasSubstr(c.message));
+    EXPECT_EQ(Socket(), dir_ + "/backend.sock");
+    EXPECT_EQ(recorded_, 0);
+    EXPECT_TRUE(AwaitReconnects(1)) << mediator_->Describe().ShortDebugString();
+    mediator_.reset();
+    vmm_.reset();
+  }
 }
 
 TEST_F(MediatorSwap, WhatCannotTakeOverLeavesTheOldOne) {

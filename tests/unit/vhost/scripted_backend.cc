@@ -112,6 +112,15 @@ absl::Status ScriptedBackend::Answer(Connection& connection, WireMessage& m) {
       const int raw = fd.get();
       return connection.Send(m.header.request, kReplyFlags, Bytes(d), {&raw, 1}, Deadline::After(kPatience));
     }
+    case Request::kSetVringKick: {
+      ++kicks_;
+      if (m.need_reply()) RETURN_IF_ERROR(reply_u64(0));
+      if (kicks_ == options_.leaves_at_kick) return absl::UnavailableError("as told");
+      if (kicks_ != options_.speaks_at_kick) return absl::OkStatus();
+      const uint64_t features = options_.features;
+      return connection.Send(static_cast<uint32_t>(Request::kGetFeatures), kReplyFlags, Bytes(features), {},
+                             Deadline::After(kPatience));
+    }
     case Request::kSetInflightFd:
       region_ = std::move(m.fds[0]);
       return m.need_reply() ? reply_u64(0) : absl::OkStatus();

@@ -27,6 +27,8 @@ struct ScriptedBackendOptions {
   bool regular_file = false;          // ... of a kind that nobody should take
   bool silent_save = false;           // keeps the pipe open and writes nothing
   bool hangs_up = false;              // when a transfer begins
+  uint32_t speaks_at_kick = 0;        // says something unasked when it gets its n-th SET_VRING_KICK
+  uint32_t leaves_at_kick = 0;        // hangs up then
   bool truncates_region = false;      // the in-flight region, when it is to stop without completing
 };
 
@@ -63,6 +65,7 @@ class ScriptedBackend {
   std::vector<Heard> heard_;    // guarded by mutex_
   std::string loaded_;          // guarded by mutex_
   std::vector<UniqueFd> kept_;  // the thread's
+  uint32_t kicks_ = 0;          // the thread's: SET_VRING_KICK heard
   UniqueFd region_;             // the thread's: of SET_INFLIGHT_FD
   UniqueFd load_fd_;            // the thread's: read to its end when the front-end checks
   Connection channel_;
