@@ -13,7 +13,9 @@
 namespace baton::vhost {
 namespace {
 
-constexpr Duration kFirstRetry = std::chrono::milliseconds(10);
+constexpr Duration kAppearedRetry = std::chrono::milliseconds(10);
+// Of a ring that is to be stopped, asked of a back-end that was late before.
+constexpr Duration kStopPatience = std::chrono::milliseconds(10);
 constexpr Duration kLastRetry = std::chrono::seconds(2);
 
 // What we always want of a back-end that has it. STATUS is left to the VMM: a back-end that negotiated it may
@@ -48,23 +50,42 @@ absl::Status Mediator::Impl::Dial() {
   return absl::OkStatus();
 }
 
-void Mediator::Impl::TryConnect() {
+Mediator::Impl::Appearance Mediator::Impl::ReadAppearance() {
+  const std::string wanted = std::filesystem::path(options_.backend.socket()).filename();
+  Appearance out;
+  alignas(inotify_event) char events[4096];
+  for (ssize_t n; (n = ::read(inotify_.get(), events, sizeof events)) > 0;) {
+    out.anything = true;
+    for (ssize_t at = 0; at < n;) {
+      const auto* event = reinterpret_cast<const inotify_event*>(events + at);
+      out.socket |= event->len > 0 && wanted == event->name;
+      at += static_cast<ssize_t>(sizeof *event + event->len);
+    }
+  }
+  return out;
+}
+
+void Mediator::Impl::TryConnect(bool appeared) {
   absl::Status dialled = Dial();
   if (dialled.ok()) return;
   link_ = Link();
   ScheduleRetry(/*fresh=*/false);
+  if (!appeared) return;
+  // The path is made by bind(2), and connections are refused until listen(2), of which nothing tells.
+  backoff_ = kAppearedRetry;
+  retry_at_ = Clock::now() + backoff_;
 }
 
 void Mediator::Impl::ScheduleRetry(bool fresh) {
   if (fresh || backoff_ == Duration{}) {
-    backoff_ = kFirstRetry;
+    backoff_ = options_.first_retry;
     std::string directory = std::filesystem::path(options_.backend.socket()).parent_path();
     if (inotify_ && ::inotify_add_watch(inotify_.get(), directory.empty() ? "." : directory.c_str(),
                                         IN_CREATE | IN_MOVED_TO | IN_ATTRIB) < 0) {
       LOG_DEBUG("device {}: {} cannot be watched: {}", name(), directory, errno);
     }
   } else {
-    backoff_ = std::min(2 * backoff_, kLastRetry);
+    backoff_ = std::max(backoff_, std::min(2 * backoff_, kLastRetry));
   }
   retry_at_ = Clock::now() + backoff_;
 }
@@ -369,7 +390,7 @@ void Mediator::Impl::Reconcile() {
     if (RunsEmpty() && !record_.packed() && record_.vrings[index].addr &&
         AvailIndex(index) != UsedIndex(index))
       continue;
-    auto base = fe.GetVringBase(index, Deadline::After(kFirstRetry));
+    auto base = fe.GetVringBase(index, Deadline::After(kStopPatience));
     if (!base.ok()) {
       if (fe.overdue()) {
         AwaitOverdue(base.status());

@@ -168,12 +168,8 @@ bool Mediator::Impl::HandleEvents(int timeout_ms) {
     LoseBackend(absl::DeadlineExceededError("the back-end accepts the connection but does not answer"));
   }
   if (link_.state == LinkState::kDown) {
-    bool appeared = false;
-    if (p[kInotify].revents) {
-      alignas(inotify_event) char events[4096];
-      while (::read(inotify_.get(), events, sizeof events) > 0) appeared = true;
-    }
-    if (appeared || Deadline::At(retry_at_).Expired()) TryConnect();
+    const Appearance appearance = p[kInotify].revents ? ReadAppearance() : Appearance();
+    if (appearance.anything || Deadline::At(retry_at_).Expired()) TryConnect(appearance.socket);
   }
   TellOfConfigChange();
   if (p[kListen].revents) AcceptVmm();

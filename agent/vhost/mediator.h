@@ -91,6 +91,9 @@ struct MediatorOptions {
   // True: Start fails when the back-end cannot be reached within `connect_timeout`. False: the device begins
   // as BACKEND_LOST, and the VMM can connect once the back-end has been seen.
   bool backend_required = true;
+  // Before the first attempt to reach a back-end that went away; each later wait is twice as long, up to two
+  // seconds. Whatever it is, a socket that appears at the back-end's path is tried at once and soon again.
+  Duration first_retry = std::chrono::milliseconds(10);
   // The VMM ran before this mediator and comes back to it. QEMU (vhost-user-blk, 7.2 to 10.0) whose device
   // was stopped when its connection ended does not notice the end: it goes on over the new connection as if
   // it were the old one, and negotiates nothing. So a session that begins without questions is taken to have

@@ -170,7 +170,13 @@ class Mediator::Impl {
   // --- backend_session.cc ---
   // Dials and sends the first request; leaves the link in kHello or kDown.
   absl::Status Dial();
-  void TryConnect();
+  // `appeared`: its socket has just been put there.
+  void TryConnect(bool appeared);
+  // What inotify tells of the back-end's directory.
+  struct Appearance {
+    bool anything = false, socket = false;
+  };
+  Appearance ReadAppearance();
   // The answer to GET_FEATURES is there: the rest of the handshake, then the device is built.
   void FinishHello();
   absl::Status Negotiate(uint64_t features);

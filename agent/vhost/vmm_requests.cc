@@ -88,7 +88,7 @@ void Mediator::Impl::EndVmmSession() {
   rebuild_counts_ = false;
   message_.clear();
   backoff_ = {};
-  TryConnect();
+  TryConnect(/*appeared=*/false);
 }
 
 absl::Status Mediator::Impl::Reply(const WireMessage& m, std::span<const uint8_t> payload,

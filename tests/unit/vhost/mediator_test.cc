@@ -2,7 +2,12 @@
 #include "agent/vhost/mediator.h"
 
 #include <gmock/gmock.h>
+#include <poll.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include <cstring>
 
 #include "tests/unit/vhost/fake_vmm.h"
 
@@ -229,6 +234,30 @@ TEST_F(MediatorTest, LostBackendWithNothingOutstandingComesBackExactly) {
   ASSERT_TRUE(Becomes(v1::Device::ACTIVE));
   vmm_->Submit(0, true, 8, 1);
   EXPECT_TRUE(vmm_->AwaitUsed(5));
+}
+
+// Between its bind(2), which the mediator hears of, and its listen(2) connections are refused; nothing tells
+// of the latter.
+TEST_F(MediatorTest, BackendThatBindsAndListensLaterIsTriedAgainSoon) {
+  StartBackend();
+  MediatorOptions options = Options();
+  options.first_retry = std::chrono::hours(1);
+  ASSERT_NO_FATAL_FAILURE(StartMediator(std::move(options)));
+  backend_.reset();
+  ASSERT_TRUE(Becomes(v1::Device::BACKEND_LOST));
+  UniqueFd late(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  std::strcpy(address.sun_path, (dir_ + "/backend.sock").c_str());
+  const uint64_t before = mediator_->wakeups();
+  ASSERT_EQ(::bind(late.get(), reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+  // The first is that of the bind.
+  for (const Deadline deadline = Soon(); mediator_->wakeups() < before + 4 && !deadline.Expired();)
+    ::poll(nullptr, 0, 1);
+  ASSERT_GE(mediator_->wakeups(), before + 4);
+  ASSERT_EQ(::listen(late.get(), 1), 0);
+  pollfd incoming{late.get(), POLLIN, 0};
+  EXPECT_EQ(::poll(&incoming, 1, Soon().PollTimeoutMs()), 1);
 }
 
 TEST_F(MediatorTest, BackendThatCameBackWithoutAFeatureIsHeld) {
