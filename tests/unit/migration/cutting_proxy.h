@@ -20,6 +20,7 @@
 
 #include "agent/migration/wake_fd.h"
 #include "agent/stream/dial.h"
+#include "agent/stream/memory_frame.h"
 #include "baton/v1/peer.pb.h"
 
 namespace baton::migration::test {
@@ -59,8 +60,10 @@ class CuttingProxy {
   }
   // The first bytes of each memory channel, or the next message of channel 0 in one direction, become ones
   // that mean nothing. While set, and not for verdict queries.
-  enum class Damage { kNone, kMemory, kToDestination, kToSource };
+  // kPage: only one byte of one page, the last of the first frame of memory, which has at least 64 of them.
+  enum class Damage { kNone, kMemory, kPage, kToDestination, kToSource };
   std::atomic<Damage> damage{Damage::kNone};
+  std::atomic<int> damaged_pages{0};
   // Verdict queries are dropped for now.
   std::atomic<bool> unreachable{false};
 
@@ -108,10 +111,39 @@ class CuttingProxy {
           [=, this] { Pump(b, a, control, false, control ? Damage::kToSource : Damage::kNone); });
     }
   }
+  // Follows the bytes of a memory channel to the page that is to be damaged.
+  class PageDamage {
+   public:
+    // True if it was in these bytes.
+    bool Do(char* data, size_t size) {
+      const size_t begin = seen_;
+      seen_ += size;
+      if (head_.size() < stream::kFrameHeaderSize) {
+        head_.append(data, std::min(size, stream::kFrameHeaderSize - head_.size()));
+        if (head_.size() < stream::kFrameHeaderSize) return false;
+        uint32_t length;
+        std::memcpy(&length, head_.data() + 24, sizeof length);
+        const auto type = static_cast<stream::FrameType>(head_[4]);
+        if (type != stream::FrameType::kData || length < 64 * memory::kPageSize) return false;
+        const size_t checksums = head_[5] & stream::kFlagPageChecksums ? length / memory::kPageSize * 8 : 0;
+        target_ = stream::kFrameHeaderSize + checksums + length - memory::kPageSize;
+      }
+      if (target_ < begin || target_ >= seen_) return false;
+      data[target_ - begin] = static_cast<char>(data[target_ - begin] ^ 1);
+      return true;
+    }
+
+   private:
+    std::string head_;
+    size_t seen_ = 0;
+    size_t target_ = SIZE_MAX;
+  };
+
   // `mine`: the damage that would be done here.
   void Pump(int from, int to, bool control, bool to_destination, Damage mine) {
     bool first = true;
     std::string pending;
+    PageDamage page;
     std::vector<char> buffer(1 << 16);
     const auto pass = [&](const char* data, size_t size) {
       while (size > 0) {
@@ -132,6 +164,8 @@ class CuttingProxy {
         std::fill_n(buffer.data(), std::min<ssize_t>(n, 64), '\xff');
         control = false;  // there are no messages to be found any more
       }
+      if (mine == Damage::kMemory && damage == Damage::kPage)
+        damaged_pages += page.Do(buffer.data(), static_cast<size_t>(n));
       first = false;
       if (!control) {
         if (!pass(buffer.data(), static_cast<size_t>(n))) break;

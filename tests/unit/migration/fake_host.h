@@ -205,11 +205,6 @@ class FakeVmm final : public vmm::VmmDriver {
     std::lock_guard lock(mutex_);
     for (uint64_t page = first; page < first + count; ++page) guest_.pages[page] = kFreePage;
   }
-  // From now on free pages change all the time without being written, as those do that a balloon takes away.
-  void DiscardFreePages() {
-    discards_ = true;
-    Run();
-  }
   bool IsFree(uint64_t page) {
     std::lock_guard lock(mutex_);
     return guest_.pages[page] == kFreePage;
@@ -241,6 +236,8 @@ class FakeVmm final : public vmm::VmmDriver {
   std::atomic<bool> writes_everything{false};
   // The guest writes this many pages again and again.
   std::atomic<uint64_t> working_set{64};
+  // ... and now and then any other.
+  std::atomic<bool> roams{true};
 
  private:
   absl::Status Alive(const std::string& step) {
@@ -260,25 +257,13 @@ class FakeVmm final : public vmm::VmmDriver {
     Halt();
     halt_ = false;
     running_ = true;
-    if (discards_) {
-      balloon_ = std::thread([this] {
-        for (uint8_t value = 1; !halt_; ++value) {
-          for (uint64_t page = 0; page < kPages && !halt_; ++page) {
-            std::lock_guard lock(mutex_);
-            if (guest_.pages[page] != kFreePage) continue;
-            auto* bytes = ram_.blocks()[0].base() + page * memory::kPageSize;
-            __atomic_store_n(&bytes[0], value, __ATOMIC_RELAXED);
-          }
-        }
-      });
-    }
     vcpu_ = std::thread([this] {
       uint64_t random = 88172645463325252u;
       while (!halt_) {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        WritePage(random % (random % 16 == 0 ? kRingPage : working_set.load()));
+        WritePage(random % (roams && random % 16 == 0 ? kRingPage : working_set.load()));
         std::this_thread::sleep_for(std::chrono::microseconds(pause_us.load()));
       }
     });
@@ -286,7 +271,6 @@ class FakeVmm final : public vmm::VmmDriver {
   void Halt() {
     halt_ = true;
     if (vcpu_.joinable()) vcpu_.join();
-    if (balloon_.joinable()) balloon_.join();
     running_ = false;
   }
 
@@ -295,10 +279,9 @@ class FakeVmm final : public vmm::VmmDriver {
   std::mutex mutex_;
   GuestState guest_;
   memory::PageSet dirty_;
-  std::thread vcpu_, balloon_, loader_;
+  std::thread vcpu_, loader_;
   std::string loaded_;
   UniqueFd state_out_;
-  bool discards_ = false;
   std::atomic<bool> halt_{false}, running_{false}, dead_{false};
   WakeFd exited_;
 };
