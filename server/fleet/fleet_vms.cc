@@ -238,7 +238,12 @@ void Fleet::StartVm(const std::string& host, const v1::VmSpec& spec, VmCallback 
   command.mutable_timeout()->set_seconds(60);
   Send(host, std::move(command), [this, id, host, callback = std::move(callback)](CommandReply reply) {
     auto found = vms_.find(id);
-    if (found == vms_.end()) return callback(absl::AbortedError("the VM was stopped meanwhile"));
+    const absl::Status failed =
+        Annotate(reply.status, fmt::format("hosts/{} could not start vms/{}", host, id));
+    if (found == vms_.end()) {
+      // An agent says that a VM which did not start is gone before it says why.
+      return callback(failed.ok() ? absl::AbortedError("the VM was stopped meanwhile") : failed);
+    }
     found->second.starting = false;
     if (reply.status.ok()) {
       v1::Vm vm = reply.result.vm();
@@ -252,7 +257,7 @@ void Fleet::StartVm(const std::string& host, const v1::VmSpec& spec, VmCallback 
       batch.Delete("vms/" + id);
       if (store_.Commit(batch).ok()) Forget(id);
     }
-    callback(Annotate(reply.status, fmt::format("hosts/{} could not start vms/{}", host, id)));
+    callback(failed);
   });
 }
 

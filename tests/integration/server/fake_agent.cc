@@ -143,6 +143,13 @@ v1::CommandResult FakeAgent::Carry(const v1::Command& command) {
     result = scripted->second;
     scripted_.erase(scripted);
     result.set_id(command.id());
+    if (command.has_start_vm() && result.code() != 0) {
+      // As baton-agent does: what was begun is removed first.
+      v1::AgentMessage message;
+      message.mutable_vm_gone()->set_vm(command.start_vm().spec().name());
+      message.mutable_vm_gone()->set_message(result.message());
+      Send(message);
+    }
     return result;
   }
   result.set_id(command.id());
