@@ -255,14 +255,15 @@ const ConfigNode* ConfigReader::Find(const std::string& name, Presence presence)
   return nullptr;
 }
 
-const ConfigNode* ConfigReader::FindScalar(const std::string& name, Presence presence) {
+const ConfigNode* ConfigReader::FindKind(const std::string& name, ConfigNode::Kind kind, Presence presence) {
   const ConfigNode* node = Find(name, presence);
-  if (node == nullptr) return nullptr;
-  if (node->kind != ConfigNode::Kind::kScalar) {
-    Problem(name, fmt::format("expected a single value, found {}", KindName(node->kind)));
-    return nullptr;
-  }
-  return node;
+  if (node == nullptr || node->kind == kind) return node;
+  Problem(name, fmt::format("expected {}, found {}", KindName(kind), KindName(node->kind)));
+  return nullptr;
+}
+
+const ConfigNode* ConfigReader::FindScalar(const std::string& name, Presence presence) {
+  return FindKind(name, ConfigNode::Kind::kScalar, presence);
 }
 
 bool ConfigReader::Text(const std::string& name, std::string* out, Presence presence) {
@@ -370,12 +371,8 @@ bool ConfigReader::ChoiceIndex(const std::string& name, const std::vector<std::s
 }
 
 bool ConfigReader::TextList(const std::string& name, std::vector<std::string>* out, Presence presence) {
-  const ConfigNode* node = Find(name, presence);
+  const ConfigNode* node = FindKind(name, ConfigNode::Kind::kList, presence);
   if (node == nullptr) return false;
-  if (node->kind != ConfigNode::Kind::kList) {
-    Problem(name, fmt::format("expected a list, found {}", KindName(node->kind)));
-    return false;
-  }
   std::vector<std::string> values;
   for (size_t i = 0; i < node->items.size(); ++i) {
     if (node->items[i].kind != ConfigNode::Kind::kScalar) {
@@ -392,12 +389,8 @@ bool ConfigReader::TextList(const std::string& name, std::vector<std::string>* o
 
 bool ConfigReader::TextMap(const std::string& name, std::map<std::string, std::string>* out,
                            Presence presence) {
-  const ConfigNode* node = Find(name, presence);
+  const ConfigNode* node = FindKind(name, ConfigNode::Kind::kMap, presence);
   if (node == nullptr) return false;
-  if (node->kind != ConfigNode::Kind::kMap) {
-    Problem(name, fmt::format("expected a map, found {}", KindName(node->kind)));
-    return false;
-  }
   std::map<std::string, std::string> values;
   for (const auto& [key, value] : node->fields) {
     if (value.kind != ConfigNode::Kind::kScalar) {
@@ -413,12 +406,8 @@ bool ConfigReader::TextMap(const std::string& name, std::map<std::string, std::s
 
 bool ConfigReader::Map(const std::string& name, const std::function<void(ConfigReader&)>& read,
                        Presence presence) {
-  const ConfigNode* node = Find(name, presence);
+  const ConfigNode* node = FindKind(name, ConfigNode::Kind::kMap, presence);
   if (node == nullptr) return false;
-  if (node->kind != ConfigNode::Kind::kMap) {
-    Problem(name, fmt::format("expected a map, found {}", KindName(node->kind)));
-    return false;
-  }
   ConfigReader inner(state_, node, FieldPath(name));
   read(inner);
   inner.CheckUnknown();
@@ -427,12 +416,8 @@ bool ConfigReader::Map(const std::string& name, const std::function<void(ConfigR
 
 bool ConfigReader::MapList(const std::string& name, const std::function<void(ConfigReader&)>& read,
                            Presence presence) {
-  const ConfigNode* node = Find(name, presence);
+  const ConfigNode* node = FindKind(name, ConfigNode::Kind::kList, presence);
   if (node == nullptr) return false;
-  if (node->kind != ConfigNode::Kind::kList) {
-    Problem(name, fmt::format("expected a list, found {}", KindName(node->kind)));
-    return false;
-  }
   for (size_t i = 0; i < node->items.size(); ++i) {
     ConfigReader inner(state_, &node->items[i], fmt::format("{}[{}]", FieldPath(name), i));
     if (node->items[i].kind != ConfigNode::Kind::kMap) {
@@ -448,12 +433,8 @@ bool ConfigReader::MapList(const std::string& name, const std::function<void(Con
 bool ConfigReader::NamedMaps(const std::string& name,
                              const std::function<void(const std::string&, ConfigReader&)>& read,
                              Presence presence) {
-  const ConfigNode* node = Find(name, presence);
+  const ConfigNode* node = FindKind(name, ConfigNode::Kind::kMap, presence);
   if (node == nullptr) return false;
-  if (node->kind != ConfigNode::Kind::kMap) {
-    Problem(name, fmt::format("expected a map, found {}", KindName(node->kind)));
-    return false;
-  }
   for (const auto& [key, value] : node->fields) {
     ConfigReader inner(state_, &value, FieldPath(name) + "." + key);
     if (value.kind != ConfigNode::Kind::kMap) {

@@ -120,6 +120,8 @@ class ConfigReader {
   ConfigReader(std::shared_ptr<ConfigDocument::State> state, const ConfigNode* node, std::string path)
       : state_(std::move(state)), node_(node), path_(std::move(path)) {}
   const ConfigNode* Find(const std::string& name, Presence presence);
+  // Also null, with a problem told, if it is of another kind.
+  const ConfigNode* FindKind(const std::string& name, ConfigNode::Kind kind, Presence presence);
   const ConfigNode* FindScalar(const std::string& name, Presence presence);
   bool ChoiceIndex(const std::string& name, const std::vector<std::string>& words, size_t* index,
                    Presence presence);

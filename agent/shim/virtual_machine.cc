@@ -110,18 +110,23 @@ absl::Status VirtualMachine::StartMediators(bool required) {
     options.backend_required = required;
     options.vmm_returns = !required;
     options.memo_dir = config.run_dir();
-    options.whole_memory_tables = true;
-    options.connect_timeout = kBackendConnect;
-    options.ram = ram_.get();
-    vhost::MediatorCallbacks callbacks;
-    callbacks.on_memory = [this](const auto& regions) { OnMemoryTable(regions); };
-    callbacks.on_change = [this](const v1::Device&) { Changed(); };
-    auto mediator = vhost::Mediator::Start(std::move(options), std::move(callbacks));
-    if (!mediator.ok()) return mediator.status();
-    std::lock_guard lock(mutex_);
-    mediators_.push_back(*std::move(mediator));
+    RETURN_IF_ERROR(AddMediator(std::move(options)));
   }
   return StartBalloon(required);
+}
+
+absl::Status VirtualMachine::AddMediator(vhost::MediatorOptions options) {
+  options.whole_memory_tables = true;
+  options.connect_timeout = kBackendConnect;
+  options.ram = ram_.get();
+  vhost::MediatorCallbacks callbacks;
+  callbacks.on_memory = [this](const auto& regions) { OnMemoryTable(regions); };
+  callbacks.on_change = [this](const v1::Device&) { Changed(); };
+  auto mediator = vhost::Mediator::Start(std::move(options), std::move(callbacks));
+  if (!mediator.ok()) return mediator.status();
+  std::lock_guard lock(mutex_);
+  mediators_.push_back(*std::move(mediator));
+  return absl::OkStatus();
 }
 
 // Baton's own balloon: a back-end of this process, behind a mediator like every other.
@@ -148,17 +153,7 @@ absl::Status VirtualMachine::StartBalloon(bool required) {
   options.backend.set_recovery(v1::RECOVERY_ORDERED);
   options.listen_path = vmm::DeviceSocketPath(config.run_dir(), kHintBalloonName);
   options.vmm_returns = !required;
-  options.whole_memory_tables = true;
-  options.connect_timeout = kBackendConnect;
-  options.ram = ram_.get();
-  vhost::MediatorCallbacks callbacks;
-  callbacks.on_memory = [this](const auto& regions) { OnMemoryTable(regions); };
-  callbacks.on_change = [this](const v1::Device&) { Changed(); };
-  auto mediator = vhost::Mediator::Start(std::move(options), std::move(callbacks));
-  if (!mediator.ok()) return mediator.status();
-  std::lock_guard lock(mutex_);
-  mediators_.push_back(*std::move(mediator));
-  return absl::OkStatus();
+  return AddMediator(std::move(options));
 }
 
 absl::Status VirtualMachine::StartQemu(bool incoming, Deadline deadline) {

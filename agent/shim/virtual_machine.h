@@ -83,6 +83,8 @@ class VirtualMachine {
  private:
   absl::Status MakeMemory(bool existing);
   absl::Status StartMediators(bool required);
+  // What all devices have in common; the rest is in `options`.
+  absl::Status AddMediator(vhost::MediatorOptions options);
   absl::Status StartBalloon(bool required);
   absl::Status StartQemu(bool incoming, Deadline deadline);
   void OnMemoryTable(const std::vector<vhost::MemoryRegionInfo>& regions);
