@@ -46,13 +46,19 @@ int main(int argc, char** argv) {
   {
     CLI::App app{
         "Serves one VM of this host: stands between its vhost-user devices and their back-ends, and moves "
-        "it."};
+        "it.",
+        "baton-shim"};
     app.add_option("--dir", dir, "State directory of the VM; holds shim.conf, which baton-agent wrote")
         ->required();
-    app.add_option("--log-level", log.level, "trace, debug, info, warn or error");
+    app.add_option("--log-level", log.level, "trace, debug, info, warn or error")
+        ->check(CLI::IsMember({"trace", "debug", "info", "warn", "error"}));
     app.add_flag("--log-json", log.json, "One JSON object a line");
     app.set_version_flag("--version", std::string("baton-shim ") + baton::kVersion);
-    CLI11_PARSE(app, argc, argv);
+    try {
+      app.parse(argc, argv);
+    } catch (const CLI::ParseError& error) {
+      return app.exit(error) == 0 ? 0 : 2;
+    }
   }
   log.context = "vm=" + dir.substr(dir.find_last_of('/') + 1);
   baton::InitLogging(log);

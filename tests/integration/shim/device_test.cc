@@ -8,16 +8,13 @@
 
 #include <filesystem>
 
-#include "tests/integration/shim/shim_host.h"
+#include "tests/integration/shim/shim_guest.h"
 
 namespace baton::test {
 namespace {
 
 using std::chrono::seconds;
 using testing::HasSubstr;
-
-Deadline Soon() { return Deadline::After(seconds(60)); }
-Deadline Boot() { return Deadline::After(seconds(120)); }
 
 class DeviceTest : public testing::Test {
  protected:
@@ -41,21 +38,7 @@ class DeviceTest : public testing::Test {
     ASSERT_TRUE(running.ok()) << running.status();
     auto ready = host_->console.out.WaitFor("READY", Boot());
     ASSERT_TRUE(ready.ok()) << ready.status();
-    ExpectWrites();
-  }
-  void ExpectWrites() {
-    for (int i = 0; i < 2; ++i) {
-      host_->console.out.SkipToEnd();
-      auto line = host_->console.out.WaitFor("PROGRESS", Soon());
-      ASSERT_TRUE(line.ok()) << line.status();
-      EXPECT_EQ(NumberIn(*line, "errors"), 0u) << *line;
-    }
-  }
-  void ExpectChecked() {
-    auto result = host_->console.Ask("q", "RESULT", Boot());
-    ASSERT_TRUE(result.ok()) << result.status();
-    EXPECT_EQ(NumberIn(*result, "errors"), 0u) << *result;
-    EXPECT_EQ(NumberIn(*result, "memory_errors").value_or(0), 0u) << *result;
+    ExpectWrites(*host_);
   }
 
   // A lab device that completes late and out of order; it ends with `Process`.
@@ -126,22 +109,22 @@ TEST_F(DeviceTest, SwapUnderLoadThereAndBack_TheGuestNoticesNothing) {
     auto there = Swap(second);
     ASSERT_TRUE(there.ok()) << there.status();
     EXPECT_EQ(there->swapped().device().backend().socket(), second);
-    ASSERT_NO_FATAL_FAILURE(ExpectWrites());
+    ASSERT_NO_FATAL_FAILURE(ExpectWrites(*host_));
     auto back = Swap(first);
     ASSERT_TRUE(back.ok()) << back.status();
-    ASSERT_NO_FATAL_FAILURE(ExpectWrites());
+    ASSERT_NO_FATAL_FAILURE(ExpectWrites(*host_));
   }
   // The one that is left may be ended, and a new shim begins with the other one.
   ASSERT_TRUE(Swap(second).ok());
   host_->disk().Kill();
-  ASSERT_NO_FATAL_FAILURE(ExpectWrites());
+  ASSERT_NO_FATAL_FAILURE(ExpectWrites(*host_));
   EXPECT_EQ(host_->ReadConfig()->devices(0).backend().socket(), second);
   host_->KillShim();
   ASSERT_TRUE(host_->StartShimAgain(v1::ShimConfig::ADOPT).ok());
   ASSERT_TRUE(host_->WaitState(v1::Vm::RUNNING, Soon()).ok());
-  ASSERT_NO_FATAL_FAILURE(ExpectWrites());
+  ASSERT_NO_FATAL_FAILURE(ExpectWrites(*host_));
   EXPECT_EQ(BackendNow(), second);
-  ExpectChecked();
+  ExpectChecked(*host_);
 }
 
 TEST_F(DeviceTest, SwapToWhatCannotTakeOver_TheOldOneServesOn) {
@@ -165,8 +148,8 @@ TEST_F(DeviceTest, SwapToWhatCannotTakeOver_TheOldOneServesOn) {
   EXPECT_FALSE(Swap(socket).ok());
   other->Signal(SIGCONT);
   EXPECT_EQ(BackendNow(), host_->disk_socket());
-  ASSERT_NO_FATAL_FAILURE(ExpectWrites());
-  ExpectChecked();
+  ASSERT_NO_FATAL_FAILURE(ExpectWrites(*host_));
+  ExpectChecked(*host_);
 }
 
 TEST_F(DeviceTest, ShimAndBackendDieWithRequestsInFlight_NothingIsLostOrRepeated) {
@@ -181,10 +164,10 @@ TEST_F(DeviceTest, ShimAndBackendDieWithRequestsInFlight_NothingIsLostOrRepeated
     }
     ASSERT_TRUE(host_->StartShimAgain(v1::ShimConfig::ADOPT).ok());
     ASSERT_TRUE(host_->WaitState(v1::Vm::RUNNING, Soon()).ok());
-    ASSERT_NO_FATAL_FAILURE(ExpectWrites());
+    ASSERT_NO_FATAL_FAILURE(ExpectWrites(*host_));
     Kill(backend);
     backend = StartLabDevice(socket);
-    ASSERT_NO_FATAL_FAILURE(ExpectWrites());
+    ASSERT_NO_FATAL_FAILURE(ExpectWrites(*host_));
   }
   // And a swap among them: out of order, with a region.
   const std::string second = dirs_.dir() + "/second.sock";
@@ -192,8 +175,8 @@ TEST_F(DeviceTest, ShimAndBackendDieWithRequestsInFlight_NothingIsLostOrRepeated
   auto swapped = Swap(second);
   ASSERT_TRUE(swapped.ok()) << swapped.status();
   Kill(backend);
-  ASSERT_NO_FATAL_FAILURE(ExpectWrites());
-  ExpectChecked();
+  ASSERT_NO_FATAL_FAILURE(ExpectWrites(*host_));
+  ExpectChecked(*host_);
 }
 
 }  // namespace

@@ -9,18 +9,13 @@
 #include <sstream>
 
 #include "agent/migration/journal.h"
-#include "tests/integration/shim/shim_host.h"
+#include "tests/integration/shim/shim_guest.h"
 
 namespace baton::test {
 namespace {
 
 using std::chrono::seconds;
 using testing::HasSubstr;
-
-Deadline Soon() { return Deadline::After(seconds(60)); }
-
-// Guests boot slowly under TCG on a machine that does other things, too.
-Deadline Boot() { return Deadline::After(seconds(120)); }
 
 class ShimTest : public testing::Test {
  protected:
@@ -53,23 +48,7 @@ class ShimTest : public testing::Test {
     if (HasFatalFailure()) return;
     auto ready = host_->console.out.WaitFor("READY", Boot());
     ASSERT_TRUE(ready.ok()) << ready.status();
-    ExpectWrites();
-  }
-  // The guest executes and its disk answers.
-  void ExpectWrites() {
-    for (int i = 0; i < 2; ++i) {
-      host_->console.out.SkipToEnd();
-      auto line = host_->console.out.WaitFor("PROGRESS", Soon());
-      ASSERT_TRUE(line.ok()) << line.status();
-      EXPECT_EQ(NumberIn(*line, "errors"), 0u) << *line;
-    }
-  }
-  // The guest reads back everything it ever wrote.
-  void ExpectChecked() {
-    auto result = host_->console.Ask("q", "RESULT", Boot());
-    ASSERT_TRUE(result.ok()) << result.status();
-    EXPECT_EQ(NumberIn(*result, "errors"), 0u) << *result;
-    EXPECT_EQ(NumberIn(*result, "memory_errors").value_or(0), 0u) << *result;
+    ExpectWrites(*host_);
   }
   // Starts with `config` and expects STOPPED; returns the status.
   v1::ShimStatus ExpectStartFails(const v1::ShimConfig& config) {
@@ -118,7 +97,7 @@ TEST_F(ShimTest, Fresh_GuestBootsThroughTheMediatorAndPowersOff) {
   ASSERT_TRUE(config.ok());
   EXPECT_EQ(config->vmm_pid(), vm.vmm_pid());
   EXPECT_EQ(config->mode(), v1::ShimConfig::ADOPT);
-  ExpectChecked();
+  ExpectChecked(*host_);
 
   auto stopped = Stop(false);
   ASSERT_TRUE(stopped.ok()) << stopped.status();
@@ -172,8 +151,8 @@ TEST_F(ShimTest, KilledShim_GuestLivesAndTheNextShimAdoptsIt) {
   auto running = host_->WaitState(v1::Vm::RUNNING, Soon());
   ASSERT_TRUE(running.ok()) << running.status();
   EXPECT_EQ(running->vm().vmm_pid(), pid);
-  ExpectWrites();
-  ExpectChecked();
+  ExpectWrites(*host_);
+  ExpectChecked(*host_);
 }
 
 TEST_F(ShimTest, Sigterm_ShimLeavesAndTheGuestStays) {
@@ -186,8 +165,8 @@ TEST_F(ShimTest, Sigterm_ShimLeavesAndTheGuestStays) {
   EXPECT_TRUE(ProcessAlive({static_cast<pid_t>(config->vmm_pid()), config->vmm_start_time()}));
   ASSERT_TRUE(host_->StartShimAgain(v1::ShimConfig::ADOPT).ok());
   ASSERT_TRUE(host_->WaitState(v1::Vm::RUNNING, Soon()).ok());
-  ExpectWrites();
-  ExpectChecked();
+  ExpectWrites(*host_);
+  ExpectChecked(*host_);
 }
 
 TEST_F(ShimTest, KilledBackend_ComesBackAndNothingIsLost) {
@@ -207,8 +186,8 @@ TEST_F(ShimTest, KilledBackend_ComesBackAndNothingIsLost) {
       Soon());
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_GE(back->vm().devices(0).reconnects(), 1u);
-  ExpectWrites();
-  ExpectChecked();
+  ExpectWrites(*host_);
+  ExpectChecked(*host_);
 }
 
 // A sanitizer has shadow memory, and ThreadSanitizer a thread of its own that wakes up: nothing to measure.
@@ -369,6 +348,19 @@ TEST_F(ShimTest, JournalUnwritable_SaysSo) {
   absl::Status status = host_->StartShim(host_->MakeConfig(spec_, v1::ShimConfig::FRESH));
   EXPECT_FALSE(status.ok());
   EXPECT_THAT(host_->ShimLog(), HasSubstr(host_->state_dir() + "/journal"));
+}
+
+TEST(ShimProgram, WrongArguments_Exit2) {
+  for (std::vector<std::string> wrong : {std::vector<std::string>{},
+                                         {"--dir"},
+                                         {"--dir", "/", "--bogus"},
+                                         {"--dir", "/", "--log-level", "loud"}}) {
+    wrong.insert(wrong.begin(), std::string(BATON_BINARY_DIR) + "/bin/baton-shim");
+    auto ended = RunCommand({.argv = wrong}, Soon());
+    ASSERT_TRUE(ended.ok()) << ended.status();
+    EXPECT_EQ(ended->status.code, 2) << ended->err;
+    EXPECT_THAT(ended->err, HasSubstr("--help"));
+  }
 }
 
 }  // namespace
