@@ -23,6 +23,13 @@ void ReadTimes(ConfigReader& reader, MachineTimes* times) {
   reader.Time("lost", &times->lost);
 }
 
+// What a flag was given, or an error that names the flag.
+template <typename T>
+absl::StatusOr<T> FlagValue(const char* flag, absl::StatusOr<T> parsed) {
+  if (!parsed.ok()) return Annotate(parsed.status(), flag);
+  return parsed;
+}
+
 }  // namespace
 
 absl::Status ReadConfigFile(const std::string& path, ServerConfig* config) {
@@ -130,12 +137,12 @@ absl::StatusOr<CommandLine> ParseCommandLine(int argc, const char* const* argv) 
   ServerConfig& config = out.config;
   if (!file.empty()) RETURN_IF_ERROR(ReadConfigFile(file, &config));
   if (!listen.empty()) {
-    ASSIGN_OR_RETURN(config.listen, ParseAddress(listen));
+    ASSIGN_OR_RETURN(config.listen, FlagValue("--listen", ParseAddress(listen)));
   }
   if (metrics == "off") {
     config.metrics.reset();
   } else if (!metrics.empty()) {
-    ASSIGN_OR_RETURN(config.metrics, ParseAddress(metrics));
+    ASSIGN_OR_RETURN(config.metrics, FlagValue("--metrics", ParseAddress(metrics)));
   }
   if (!data_dir.empty()) config.data_dir = data_dir;
   if (!tls.ca.empty()) config.tls.ca = tls.ca;
@@ -145,7 +152,7 @@ absl::StatusOr<CommandLine> ParseCommandLine(int argc, const char* const* argv) 
   if (incoming) config.limits.incoming_per_host = *incoming;
   if (cluster) config.limits.cluster = *cluster;
   if (!heartbeat.empty()) {
-    ASSIGN_OR_RETURN(config.heartbeat_interval, ParseDuration(heartbeat));
+    ASSIGN_OR_RETURN(config.heartbeat_interval, FlagValue("--heartbeat", ParseDuration(heartbeat)));
     if (config.heartbeat_interval < std::chrono::milliseconds(50)) {
       return absl::InvalidArgumentError("--heartbeat: must be at least 50ms");
     }

@@ -50,7 +50,8 @@ int Serve(baton::daemon::AgentConfig config) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"The agent of one host: starts and finds VMs, talks to batond, receives peers."};
+  CLI::App app{"The agent of one host: starts and finds VMs, talks to batond, receives peers.",
+               "baton-agent"};
   app.footer(kFooter);
   app.set_version_flag("--version", std::string("baton-agent ") + baton::kVersion);
   std::string path = kDefaultConfig, level;

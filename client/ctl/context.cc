@@ -51,10 +51,10 @@ absl::StatusOr<ConnectionOptions> Context::Connection() {
   options.key = key;
   options.tls_name = tls_name;
   if (!connect_timeout.empty()) {
-    ASSIGN_OR_RETURN(options.connect_timeout, ParseDuration(connect_timeout));
+    ASSIGN_OR_RETURN(options.connect_timeout, DurationOption("connect timeout", connect_timeout));
   }
   if (!request_timeout.empty()) {
-    ASSIGN_OR_RETURN(options.request_timeout, ParseDuration(request_timeout));
+    ASSIGN_OR_RETURN(options.request_timeout, DurationOption("request timeout", request_timeout));
   }
   return options;
 }
@@ -74,6 +74,16 @@ void PrintError(const std::string& text) { WriteAll(STDERR_FILENO, Harmless(text
 
 absl::Status AsWrongInput(const absl::Status& status) {
   return status.ok() ? status : absl::InvalidArgumentError(Message(status));
+}
+
+absl::StatusOr<Duration> DurationOption(const std::string& option, const std::string& text) {
+  auto duration = ParseDuration(text);
+  return duration.ok() ? duration : Annotate(duration.status(), option);
+}
+
+absl::StatusOr<uint64_t> RateOption(const std::string& option, const std::string& text) {
+  auto rate = ParseRate(text);
+  return rate.ok() ? rate : Annotate(rate.status(), option);
 }
 
 int64_t NowNs() {

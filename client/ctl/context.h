@@ -52,6 +52,10 @@ void PrintError(const std::string& text);
 // permission" are about the server's resources.
 absl::Status AsWrongInput(const absl::Status& status);
 
+// The value that `option` was given. InvalidArgument names the option.
+absl::StatusOr<Duration> DurationOption(const std::string& option, const std::string& text);
+absl::StatusOr<uint64_t> RateOption(const std::string& option, const std::string& text);
+
 int64_t NowSeconds();
 int64_t NowNs();
 

@@ -90,13 +90,12 @@ absl::StatusOr<int> RunSwap(Context& c, const SwapCommandOptions& o) {
   request.mutable_backend()->set_kind(KindOf(o.kind));
   if (!o.inflight.empty()) request.set_inflight(o.inflight == "handoff" ? v1::HANDOFF : v1::DRAIN);
   if (!o.drain_timeout.empty()) {
-    auto bound = ParseDuration(o.drain_timeout);
-    if (!bound.ok()) return Annotate(bound.status(), "--drain-timeout");
-    *request.mutable_drain_timeout() = FromDuration(*bound);
+    ASSIGN_OR_RETURN(Duration bound, DurationOption("--drain-timeout", o.drain_timeout));
+    *request.mutable_drain_timeout() = FromDuration(bound);
   }
   request.set_request_id(o.request_id);
   request.set_validate_only(o.dry_run);
-  ASSIGN_OR_RETURN(Duration timeout, ParseDuration(o.timeout));
+  ASSIGN_OR_RETURN(Duration timeout, DurationOption("--timeout", o.timeout));
   ASSIGN_OR_RETURN(Client * client, c.Connect());
   InterruptMessage interrupted(
       "\ninterrupted; the back-end may still be swapped: look with 'batonctl device list'\n");

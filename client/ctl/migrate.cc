@@ -25,12 +25,6 @@ struct MigrateOptions {
   bool no_wait = false;
 };
 
-absl::Status SetDuration(const std::string& text, google::protobuf::Duration* out) {
-  ASSIGN_OR_RETURN(Duration duration, ParseDuration(text));
-  *out = FromDuration(duration);
-  return absl::OkStatus();
-}
-
 absl::StatusOr<v1::CreateMigrationRequest> BuildRequest(const MigrateOptions& o) {
   v1::CreateMigrationRequest request;
   v1::Migration& migration = *request.mutable_migration();
@@ -76,7 +70,7 @@ absl::StatusOr<int> DryRun(Client* client, v1::CreateMigrationRequest* request, 
   // Room for a sample of the dirty rate and for back-ends that answer late.
   Duration timeout = std::chrono::seconds(60);
   if (!o.timeout.empty()) {
-    ASSIGN_OR_RETURN(timeout, ParseDuration(o.timeout));
+    ASSIGN_OR_RETURN(timeout, DurationOption("--timeout", o.timeout));
   }
   ASSIGN_OR_RETURN(v1::Migration migration, client->CreateMigration(request, timeout));
   RETURN_IF_ERROR(PrintResource(ParseFormat(o.format), migration, migration.name(),
@@ -97,7 +91,7 @@ absl::StatusOr<int> Follow(Client* client, const v1::Migration& migration, const
   options.format = ParseFormat(format);
   options.interrupt_hint = GoesOnHint(migration);
   if (!timeout.empty()) {
-    ASSIGN_OR_RETURN(options.timeout, ParseDuration(timeout));
+    ASSIGN_OR_RETURN(options.timeout, DurationOption("--timeout", timeout));
   }
   Signals signals(FollowSignals());
   return FollowMigration(client, &signals, migration, options);
@@ -170,7 +164,7 @@ absl::StatusOr<int> Watch(Context& context, const std::vector<std::string>& word
   FollowOptions options;
   options.format = ParseFormat(format);
   if (!timeout.empty()) {
-    ASSIGN_OR_RETURN(options.timeout, ParseDuration(timeout));
+    ASSIGN_OR_RETURN(options.timeout, DurationOption("--timeout", timeout));
   }
   Signals signals(FollowSignals());
   return FollowAll(client, &signals, options);
@@ -183,10 +177,8 @@ void AddWatch(CLI::App* app, Context* context) {
   };
   auto o = std::make_shared<Options>();
   CLI::App* command = app->add_subcommand("watch", "Follow a migration to its end, or every change of all");
-  command
-      ->add_option("NAME", o->words,
-                   "Migration, or VM that is in one; none: all migrations. 'migration NAME' works too")
-      ->expected(0, 3);
+  command->add_option("NAME", o->words,
+                      "Migration, or VM that is in one; none: all migrations. 'migration NAME' works too");
   command->add_option("--timeout", o->timeout, "Stop watching after this long (exit 8)")
       ->option_text("DURATION");
   AddFormatOption(command, &o->format);
@@ -262,11 +254,13 @@ void AddRetune(CLI::App* app, Context* context) {
       }
       v1::RetuneMigrationRequest request;
       if (!o->bandwidth.empty()) {
-        ASSIGN_OR_RETURN(uint64_t bandwidth, ParseRate(o->bandwidth));
+        ASSIGN_OR_RETURN(uint64_t bandwidth, RateOption("--bandwidth", o->bandwidth));
         request.set_bandwidth(bandwidth);
       }
-      if (!o->max_downtime.empty())
-        RETURN_IF_ERROR(SetDuration(o->max_downtime, request.mutable_max_downtime()));
+      if (!o->max_downtime.empty()) {
+        ASSIGN_OR_RETURN(Duration downtime, DurationOption("--max-downtime", o->max_downtime));
+        *request.mutable_max_downtime() = FromDuration(downtime);
+      }
       ASSIGN_OR_RETURN(Client * client, c.Connect());
       ASSIGN_OR_RETURN(v1::Migration migration, FindMigration(client, o->name));
       request.set_name(migration.name());

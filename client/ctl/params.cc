@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "client/ctl/context.h"
 #include "client/lib/units.h"
 
 namespace baton::client {
@@ -9,9 +10,8 @@ namespace {
 
 absl::Status SetDuration(const std::string& option, const std::string& text,
                          google::protobuf::Duration* out) {
-  auto duration = ParseDuration(text);
-  if (!duration.ok()) return Annotate(duration.status(), option);
-  *out = FromDuration(*duration);
+  ASSIGN_OR_RETURN(Duration duration, DurationOption(option, text));
+  *out = FromDuration(duration);
   return absl::OkStatus();
 }
 
@@ -145,9 +145,8 @@ absl::StatusOr<v1::MigrationParams> BuildParams(const ParamOptions& o, std::vect
     given("max_duration");
   }
   if (!o.bandwidth.empty()) {
-    auto bandwidth = ParseRate(o.bandwidth);
-    if (!bandwidth.ok()) return Annotate(bandwidth.status(), "--bandwidth");
-    params.set_bandwidth(*bandwidth);
+    ASSIGN_OR_RETURN(uint64_t bandwidth, RateOption("--bandwidth", o.bandwidth));
+    params.set_bandwidth(bandwidth);
     given("bandwidth");
   }
   if (!o.drain_timeout.empty()) {

@@ -43,9 +43,8 @@ absl::StatusOr<v1::Policy> SetPolicy(Client* client, const SetOptions& o) {
       ASSIGN_OR_RETURN(*answer.add_hosts(), FullName(Collection::kHosts, host));
     }
     if (!o.backoff.empty()) {
-      auto backoff = ParseDuration(o.backoff);
-      if (!backoff.ok()) return Annotate(backoff.status(), "--event-backoff");
-      *answer.mutable_backoff() = FromDuration(*backoff);
+      ASSIGN_OR_RETURN(Duration backoff, DurationOption("--event-backoff", o.backoff));
+      *answer.mutable_backoff() = FromDuration(backoff);
     }
     request.mutable_update_mask()->add_paths("on_device_error");
   }

@@ -177,7 +177,7 @@ bool LeaveBefore(Signals* signals, Deadline refresh, const TopView& view, int* c
 }
 
 absl::StatusOr<int> Top(Context& context, const std::string& interval_text, bool once) {
-  ASSIGN_OR_RETURN(Duration interval, ParseDuration(interval_text));
+  ASSIGN_OR_RETURN(Duration interval, DurationOption("--interval", interval_text));
   if (interval < std::chrono::milliseconds(100)) {
     return Error(absl::StatusCode::kInvalidArgument, "--interval {}: at least 100ms", interval_text);
   }

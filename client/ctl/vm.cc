@@ -66,7 +66,7 @@ void AddStart(CLI::App* vm, Context* context) {
       auto spec = ReadSpec(o->spec);
       if (!spec.ok()) return AsWrongInput(spec.status());
       *request.mutable_spec() = *std::move(spec);
-      ASSIGN_OR_RETURN(Duration timeout, ParseDuration(o->timeout));
+      ASSIGN_OR_RETURN(Duration timeout, DurationOption("--timeout", o->timeout));
       request.set_request_id(o->request_id);
       ASSIGN_OR_RETURN(Client * client, c.Connect());
       InterruptMessage interrupted(
@@ -95,7 +95,7 @@ void AddStop(CLI::App* vm, Context* context) {
   command->callback([=] {
     context->action = [o](Context& c) -> absl::StatusOr<int> {
       ASSIGN_OR_RETURN(std::string name, FullName(Collection::kVms, o->name));
-      ASSIGN_OR_RETURN(Duration timeout, ParseDuration(o->timeout));
+      ASSIGN_OR_RETURN(Duration timeout, DurationOption("--timeout", o->timeout));
       ASSIGN_OR_RETURN(Client * client, c.Connect());
       RETURN_IF_ERROR(client->StopVm(name, o->force, timeout));
       RETURN_IF_ERROR(Print(name + " stopped\n"));
@@ -136,7 +136,7 @@ void AddConsole(CLI::App* vm, Context* context) {
       ASSIGN_OR_RETURN(std::string name, FullName(Collection::kVms, o->name));
       Duration timeout(0);
       if (!o->timeout.empty()) {
-        ASSIGN_OR_RETURN(timeout, ParseDuration(o->timeout));
+        ASSIGN_OR_RETURN(timeout, DurationOption("--timeout", o->timeout));
       }
       ASSIGN_OR_RETURN(Client * client, c.Connect());
       return RunConsole(client, name, timeout);
@@ -157,10 +157,10 @@ absl::StatusOr<int> RunMediate(Context& c, const MediateOptions& o) {
   if (!xml.ok()) return AsWrongInput(xml.status());
   request.set_xml(*std::move(xml));
   request.set_validate_only(o.dry_run);
-  ASSIGN_OR_RETURN(Duration timeout, ParseDuration(o.timeout));
+  ASSIGN_OR_RETURN(Duration timeout, DurationOption("--timeout", o.timeout));
   ASSIGN_OR_RETURN(Client * client, c.Connect());
   ASSIGN_OR_RETURN(v1::MediateDomainResponse answer, client->MediateDomain(request, timeout));
-  if (!o.out.empty() && !o.dry_run) RETURN_IF_ERROR(WriteFileDurable(o.out, answer.xml()));
+  if (!o.out.empty() && !o.dry_run) RETURN_IF_ERROR(AsWrongInput(WriteFileDurable(o.out, answer.xml())));
   RETURN_IF_ERROR(PrintResource(ParseFormat(o.format), answer, request.host(), [&] {
     std::string findings = answer.findings().empty() ? "" : DescribeFindings(answer.findings());
     if (o.dry_run) return findings.empty() ? std::string("no findings\n") : findings;

@@ -58,6 +58,7 @@ absl::Status StatusOfCall(const grpc::Status& status, const std::string& server)
        {"last error: ", "UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "Failed to connect to remote host: "}) {
     CutThrough(noise, &why);
   }
+  if (why.rfind(server + ": ", 0) == 0) why.erase(0, server.size() + 2);
   if (why.find("Ssl handshake failed") != std::string::npos || why.find("SSL_ERROR") != std::string::npos) {
     return Error(absl::StatusCode::kUnavailable,
                  "cannot reach batond at {}: the TLS handshake failed ({}); check that --ca is the one that "

@@ -38,7 +38,7 @@ std::string AdviceFor(v1::Reason reason) {
     case v1::VALIDATION_FAILED:
       return "settle the blockers, then look again with 'batonctl migrate … --dry-run'";
     case v1::VM_NOT_MIGRATABLE:
-      return "look at the VM with 'batonctl describe vm'; a VM is in at most one migration";
+      return "'batonctl describe vm', 'get migrations' and 'get hosts' show how things stand";
     case v1::AGENT_UNREACHABLE:
       return "check baton-agent on that host ('batonctl get hosts'), then try again";
     case v1::DESTINATION_START_FAILED:

@@ -298,7 +298,7 @@ TEST(CtlConnection, NoServer_Exits7AndSaysWhatToCheck) {
   CtlResult r =
       RunCtl({"--server", "unix:/nonexistent/batond.sock", "--connect-timeout", "100ms", "get", "hosts"});
   EXPECT_EQ(r.code, 7);
-  EXPECT_THAT(r.err, HasSubstr("cannot reach batond at unix:/nonexistent/batond.sock"));
+  EXPECT_THAT(r.err, HasSubstr("cannot reach batond at unix:/nonexistent/batond.sock: No such file"));
   EXPECT_THAT(r.err, HasSubstr("BATON_SERVER"));
 }
 
@@ -308,6 +308,8 @@ TEST(CtlConnection, WrongOptions_Exit2AndNameTheOption) {
   EXPECT_THAT(RunCtl({"--server", "http://x:1", "get", "hosts"}).err, HasSubstr("no URL scheme"));
   EXPECT_THAT(RunCtl({"get", "vns"}).err, HasSubstr("did you mean 'vms'?"));
   EXPECT_THAT(RunCtl({"migrate", "web1"}).err, HasSubstr("--to is required"));
+  EXPECT_THAT(RunCtl({"--connect-timeout", "5", "get", "vms"}).err, HasSubstr("connect timeout: '5' is not"));
+  EXPECT_THAT(RunCtl({"vm", "stop", "web1", "--timeout", "5"}).err, HasSubstr("--timeout: '5' is not"));
   for (const std::vector<std::string>& wrong :
        std::vector<std::vector<std::string>>{{},
                                              {"get"},

@@ -231,7 +231,7 @@ TEST_F(ConfigTest, WrongFlagsAreRefusedAndHelpNamesThemAll) {
   const char* unknown[] = {"batond", "--lisen", "x"};
   EXPECT_EQ(ParseCommandLine(3, unknown).status().code(), absl::StatusCode::kInvalidArgument);
   const char* bad[] = {"batond", "--listen", "nowhere"};
-  EXPECT_FALSE(ParseCommandLine(3, bad).ok());
+  EXPECT_NE(Message(ParseCommandLine(3, bad).status()).find("--listen: 'nowhere'"), std::string::npos);
   const char* beat[] = {"batond", "--heartbeat", "1ms"};
   EXPECT_FALSE(ParseCommandLine(3, beat).ok());
   const char* help[] = {"batond", "--help"};
