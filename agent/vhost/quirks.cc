@@ -13,7 +13,8 @@ Quirks QuirksOf(v1::BackendKind kind) {
       return {.name = "DPDK",
               .drains_on_disconnect = false,
               .window_recovery = false,
-              .inflight = virtio::InflightKind::kDpdk};
+              .inflight = virtio::InflightKind::kDpdk,
+              .packets_in_order = true};
     case v1::SPDK:
       return {.name = "SPDK",
               .drains_on_disconnect = false,

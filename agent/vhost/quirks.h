@@ -28,6 +28,9 @@ struct Quirks {
   bool replays_in_order = false;
   // It bears requests that come before it has answered the one before.
   bool pipelines = false;
+  // As a NIC it completes each ring in the order of the buffers it took, whether or not that was negotiated:
+  // what was not completed when it died are the avail entries from used->idx on.
+  bool packets_in_order = false;
 };
 
 Quirks QuirksOf(v1::BackendKind kind);

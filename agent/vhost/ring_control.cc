@@ -26,6 +26,10 @@ absl::StatusOr<uint32_t> Mediator::Impl::ResolveBase(uint32_t index) {
   ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(record_.memory, ring));
   // In order means: what was in flight are the avail entries from used->idx on.
   if (vring.lost && (*record_.features & virtio::kFInOrder)) return indices.used;
+  // A NIC that does so by itself, likewise (QEMU goes on there with every vhost-user device whose back-end
+  // died, virtio_queue_restore_last_avail_idx). Buffers of its receive queues are empty until they are
+  // completed; a packet on its way out may leave twice, as on any network.
+  if (vring.lost && quirks_.packets_in_order && options_.spec.class_() == v1::NET) return indices.used;
   if (!vring.lost && !quirks_.drains_on_disconnect) return asked;
   // A new connection to a back-end that completed what an older one had in flight (or forgot it:
   // libvhost-user drops completions after an error on its socket), or the successor of one that died. What

@@ -6,6 +6,7 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
 
 #include "agent/vhost/backend_state.h"
@@ -52,7 +53,7 @@ class NicTest : public testing::Test {
     options.spec.set_name("net0");
     options.spec.set_class_(v1::NET);
     options.backend.set_socket(options_.socket);
-    options.backend.set_kind(v1::LAB);
+    options.backend.set_kind(kind_);
     options.listen_path = dir_ + "/vmm.sock";
     options.request_timeout = milliseconds(500);
     auto mediator = Mediator::Start(options, {});
@@ -93,7 +94,25 @@ class NicTest : public testing::Test {
     return heard.size();
   }
 
+  // As a driver and a device would: so many buffers offered, so many completed.
+  void SetIndices(uint32_t index, uint16_t avail, uint16_t used) {
+    const uint64_t at = 0x20000 + index * 0x4000;
+    std::memcpy(vmm_->At(at + 0x1000 + 2), &avail, sizeof avail);
+    std::memcpy(vmm_->At(at + 0x2000 + 2), &used, sizeof used);
+  }
+  // Two rings whose back-end dies with buffers of the receive queue in its hands.
+  void LoseBackend() {
+    ASSERT_NO_FATAL_FAILURE(Begin());
+    ASSERT_NO_FATAL_FAILURE(Prepare());
+    for (uint32_t index : {0u, 1u}) StartRing(index);
+    SetIndices(0, 7, 2);
+    SetIndices(1, 4, 4);
+    backend_.reset();
+    backend_ = std::make_unique<ScriptedBackend>(options_);
+  }
+
   std::string dir_;
+  v1::BackendKind kind_ = v1::LAB;
   ScriptedBackendOptions options_;
   std::unique_ptr<ScriptedBackend> backend_;
   std::unique_ptr<Mediator> mediator_;
@@ -262,6 +281,22 @@ TEST_F(NicTest, AfterARebuild_ReceiveQueuesAreFirst) {
   ASSERT_TRUE(backend_->WaitFor(Request::kSetVringEnable, 4));
   EXPECT_THAT(backend_->Of(Request::kSetVringKick), ElementsAre(0, 2, 1, 3));
   EXPECT_THAT(backend_->Of(Request::kSetVringEnable), ElementsAre(0, 2, 1, 3));
+}
+
+// Open vSwitch restarted under a guest: a receive queue always has buffers that wait for packets.
+TEST_F(NicTest, AfterACrash_AKindThatKeepsTheOrderGoesOnAtItsLastCompletion) {
+  kind_ = v1::DPDK;
+  ASSERT_NO_FATAL_FAILURE(LoseBackend());
+  ASSERT_TRUE(backend_->WaitFor(Request::kSetVringEnable, 2));
+  EXPECT_THAT(backend_->bases(), ElementsAre(testing::Pair(0, 2), testing::Pair(1, 4)));
+}
+
+TEST_F(NicTest, AfterACrash_AnotherKindWithoutARegionIsHeld) {
+  ASSERT_NO_FATAL_FAILURE(LoseBackend());
+  for (Deadline deadline = Soon(); mediator_->Describe().state() != v1::Device::HELD && !deadline.Expired();)
+    ::poll(nullptr, 0, 2);
+  EXPECT_EQ(mediator_->Describe().state(), v1::Device::HELD) << mediator_->Describe().ShortDebugString();
+  EXPECT_TRUE(backend_->Of(Request::kSetVringKick).empty());
 }
 
 TEST_F(NicTest, Announce_SendsRarpSeveralTimesWithTheAddress) {

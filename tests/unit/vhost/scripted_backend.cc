@@ -49,6 +49,11 @@ bool ScriptedBackend::WaitFor(Request request, size_t count) const {
   return false;
 }
 
+std::vector<std::pair<uint32_t, uint32_t>> ScriptedBackend::bases() const {
+  std::lock_guard lock(mutex_);
+  return bases_;
+}
+
 std::string ScriptedBackend::loaded() const {
   std::lock_guard lock(mutex_);
   return loaded_;
@@ -79,6 +84,8 @@ void ScriptedBackend::Serve(Connection connection) {
       const uint32_t about = message->As<uint32_t>();
       heard_.emplace_back(message->request(),
                           message->request() == Request::kSetVringKick ? about & 0xff : about);
+      if (message->request() == Request::kSetVringBase)
+        bases_.emplace_back(about, message->As<VringState>().num);
     }
     if (!Answer(connection, *message).ok()) return;
   }

@@ -45,6 +45,8 @@ class ScriptedBackend {
   std::vector<uint32_t> Of(Request request) const;
   bool WaitFor(Request request, size_t count) const;
   int connections() const { return connections_; }
+  // Each SET_VRING_BASE: the ring, and where it is to start.
+  std::vector<std::pair<uint32_t, uint32_t>> bases() const;
   // What the last load brought.
   std::string loaded() const;
   // From the next connection on.
@@ -62,12 +64,13 @@ class ScriptedBackend {
   std::atomic<int> connections_{0};
   std::atomic<uint64_t> check_;
   mutable std::mutex mutex_;
-  std::vector<Heard> heard_;    // guarded by mutex_
-  std::string loaded_;          // guarded by mutex_
-  std::vector<UniqueFd> kept_;  // the thread's
-  uint32_t kicks_ = 0;          // the thread's: SET_VRING_KICK heard
-  UniqueFd region_;             // the thread's: of SET_INFLIGHT_FD
-  UniqueFd load_fd_;            // the thread's: read to its end when the front-end checks
+  std::vector<Heard> heard_;                          // guarded by mutex_
+  std::vector<std::pair<uint32_t, uint32_t>> bases_;  // guarded by mutex_
+  std::string loaded_;                                // guarded by mutex_
+  std::vector<UniqueFd> kept_;                        // the thread's
+  uint32_t kicks_ = 0;                                // the thread's: SET_VRING_KICK heard
+  UniqueFd region_;                                   // the thread's: of SET_INFLIGHT_FD
+  UniqueFd load_fd_;  // the thread's: read to its end when the front-end checks
   Connection channel_;
   std::thread thread_;
 };
