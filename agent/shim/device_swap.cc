@@ -62,9 +62,12 @@ absl::StatusOr<v1::DeviceSwapped> SwapDevice(VirtualMachine& vm, const v1::SwapD
     for (v1::Finding& finding : vhost::CompareForSwap(device, *candidate))
       *out.add_findings() = std::move(finding);
   } else {
+    const bool silent = absl::IsDeadlineExceeded(candidate.status());
     *out.add_findings() =
-        MakeFinding(v1::BLOCKER, "BACKEND_UNREACHABLE", "device " + command.device(),
-                    Message(candidate.status()), "start the new back-end, or correct the path of its socket");
+        MakeFinding(v1::BLOCKER, silent ? "BACKEND_SILENT" : "BACKEND_UNREACHABLE",
+                    "device " + command.device(), Message(candidate.status()),
+                    silent ? "see whether the new back-end hangs or serves another front-end"
+                           : "start the new back-end, or correct the path of its socket");
   }
   auto blocker = std::find_if(out.findings().begin(), out.findings().end(),
                               [](const v1::Finding& f) { return f.severity() == v1::BLOCKER; });

@@ -145,6 +145,9 @@ TEST_F(DeviceTest, SwapToWhatCannotTakeOver_TheOldOneServesOn) {
   EXPECT_EQ(checked->swapped().findings(0).code(), "CAPACITY_DIFFERS");
   // One that does not answer.
   other->Signal(SIGSTOP);
+  auto silent = Swap(socket, /*validate_only=*/true);
+  ASSERT_TRUE(silent.ok()) << silent.status();
+  EXPECT_EQ(silent->swapped().findings(0).code(), "BACKEND_SILENT");
   EXPECT_FALSE(Swap(socket).ok());
   other->Signal(SIGCONT);
   EXPECT_EQ(BackendNow(), host_->disk_socket());
