@@ -36,6 +36,19 @@ install_packages() {
     install --yes --no-install-recommends $missing >/dev/null
 }
 
+# install_packages_idle SECTION...: the same, and no service among them is started.
+install_packages_idle() (
+  local policy=/usr/sbin/policy-rc.d
+  # Debian asks this program before it starts a service of a package.
+  if [ ! -e "$policy" ] && [ "$(id -u)" = 0 ] && [ -n "$(missing_packages "$@")" ]; then
+    trap 'rm -f "$policy"' EXIT
+    trap 'exit 1' INT TERM HUP
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+  fi
+  install_packages "$@"
+)
+
 # build PRESET [TARGET...]: configures when needed, then builds.
 build() {
   local preset=$1

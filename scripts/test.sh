@@ -159,7 +159,10 @@ stage_fuzz() { check "build fuzz" build fuzz fuzzers && tests fuzz -L fuzz -j2; 
 
 stage_e2e() { check "build $preset" build "$preset" && tests "$preset" -L e2e; }
 
-stage_long() { check "build $preset" build "$preset" && tests "$preset" -L long; }
+stage_long() {
+  check "packages of the switch" install_packages_idle switch
+  check "build $preset" build "$preset" && tests "$preset" -L long
+}
 
 stage_demo() {
   check "demo" ./dev demo --plain
