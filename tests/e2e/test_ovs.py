@@ -32,6 +32,11 @@ class Traffic:
             ports = {host: switch.describe() for host, switch in self.switches.at.items()}
             raise LabError(f"{error}; the station: {self.switches.station.failed}; ports: {ports}") from error
 
+    def recover(self):
+        """Until there were answers for longer than cross() looks back."""
+        self.wait_answers(100)
+        self.assertEqual(self.switches.station.damaged, 0)
+
     def cross(self, to):
         """A move under traffic."""
         station = self.switches.station
@@ -159,8 +164,7 @@ class OwnEngine(Traffic, ClusterTest):
         self.wait_answers(20)
         here, there = self.ends()
         self.switches.at[here].restart_daemon()
-        self.wait_answers(20)
-        self.assertEqual(self.switches.station.damaged, 0)
+        self.recover()
         self.cross(there)
         self.assert_clean()
 
@@ -168,8 +172,7 @@ class OwnEngine(Traffic, ClusterTest):
         self.have_guest()
         self.wait_answers(20)
         self.kill_shim()
-        self.wait_answers(20)
-        self.assertEqual(self.switches.station.damaged, 0)
+        self.recover()
         self.cross(self.ends()[1])
         self.assert_clean()
 
