@@ -8,6 +8,8 @@
 #include <csignal>
 #include <cstring>
 
+#include "common/bus_error.h"
+
 namespace baton {
 namespace {
 
@@ -24,10 +26,11 @@ void OnBusError(int, siginfo_t* info, void*) {
   const auto at = reinterpret_cast<uintptr_t>(info->si_addr);
   // The signal is the access's own, so nothing is interrupted but the copy.
   if (t_copy.escape && at >= t_copy.begin && at < t_copy.end) siglongjmp(*t_copy.escape, 1);
+  if (BearGuardedFault(at)) return;
   ::sigaction(SIGBUS, &g_handler_before, nullptr);
 }
 
-bool InstallHandler() {
+bool Install() {
   struct sigaction action {};
   action.sa_sigaction = OnBusError;
   // Left by a jump that does not restore the mask: the signal must not stay blocked.
@@ -37,9 +40,13 @@ bool InstallHandler() {
 
 }  // namespace
 
+bool InstallBusErrorHandler() {
+  static const bool installed = Install();
+  return installed;
+}
+
 absl::StatusOr<FragileMapping> FragileMapping::Map(int fd, size_t size) {
-  static const bool installed = InstallHandler();
-  if (!installed) return absl::InternalError("a handler of SIGBUS cannot be installed");
+  if (!InstallBusErrorHandler()) return absl::InternalError("a handler of SIGBUS cannot be installed");
   void* base = ::mmap(nullptr, size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
   if (base == MAP_FAILED) return ErrnoError(errno, "mapping a file of others");
   FragileMapping out;

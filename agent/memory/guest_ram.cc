@@ -12,31 +12,6 @@
 
 namespace baton::memory {
 
-RamBlock::RamBlock(RamBlock&& other) noexcept
-    : id_(std::move(other.id_)),
-      base_(std::exchange(other.base_, nullptr)),
-      size_(std::exchange(other.size_, 0)),
-      fd_(std::move(other.fd_)),
-      device_(other.device_),
-      inode_(other.inode_) {}
-
-RamBlock& RamBlock::operator=(RamBlock&& other) noexcept {
-  if (this != &other) {
-    if (base_ != nullptr) ::munmap(base_, size_);
-    id_ = std::move(other.id_);
-    base_ = std::exchange(other.base_, nullptr);
-    size_ = std::exchange(other.size_, 0);
-    fd_ = std::move(other.fd_);
-    device_ = other.device_;
-    inode_ = other.inode_;
-  }
-  return *this;
-}
-
-RamBlock::~RamBlock() {
-  if (base_ != nullptr) ::munmap(base_, size_);
-}
-
 absl::StatusOr<RamBlock> RamBlock::Create(const std::string& id, const std::string& path, uint64_t size) {
   if (size == 0 || size % kPageSize != 0) {
     return Error(absl::StatusCode::kInvalidArgument,
@@ -70,17 +45,14 @@ absl::StatusOr<RamBlock> RamBlock::FromFd(const std::string& id, UniqueFd fd) {
                  "RAM block {}: not a regular file whose size is a positive multiple of {} (size {})", id,
                  kPageSize, static_cast<int64_t>(st.st_size));
   }
-  void* base =
-      ::mmap(nullptr, static_cast<size_t>(st.st_size), PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
-  if (base == MAP_FAILED) {
-    return ErrnoError(errno, fmt::format("RAM block {}: map {} bytes", id, static_cast<int64_t>(st.st_size)));
-  }
+  const auto size = static_cast<size_t>(st.st_size);
+  auto map = GuardedMapping::Map(fd.get(), size);
+  if (!map.ok()) return Annotate(map.status(), fmt::format("RAM block {}: map {} bytes", id, size));
   // Guest memory belongs in no core file of ours; failure to say so harms nothing.
-  ::madvise(base, static_cast<size_t>(st.st_size), MADV_DONTDUMP);
+  ::madvise(map->base(), size, MADV_DONTDUMP);
   RamBlock block;
   block.id_ = id;
-  block.base_ = static_cast<uint8_t*>(base);
-  block.size_ = static_cast<uint64_t>(st.st_size);
+  block.map_ = *std::move(map);
   block.fd_ = std::move(fd);
   block.device_ = st.st_dev;
   block.inode_ = st.st_ino;
@@ -93,14 +65,14 @@ absl::StatusOr<PageSet> RamBlock::Populated() const {
   UniqueFd fd(::open(fmt::format("/proc/self/fd/{}", fd_.get()).c_str(), O_RDONLY | O_CLOEXEC));
   if (!fd) return ErrnoError(errno, fmt::format("RAM block {}: reopen", id_));
   off_t at = 0;
-  const off_t size = static_cast<off_t>(size_);
-  while (at < size) {
+  const off_t length = static_cast<off_t>(size());
+  while (at < length) {
     off_t data = ::lseek(fd.get(), at, SEEK_DATA);
     if (data < 0) {
       if (errno == ENXIO) break;  // nothing but hole from here
       return ErrnoError(errno, fmt::format("RAM block {}: SEEK_DATA", id_));
     }
-    if (data >= size) break;
+    if (data >= length) break;
     off_t hole = ::lseek(fd.get(), data, SEEK_HOLE);
     if (hole < 0) return ErrnoError(errno, fmt::format("RAM block {}: SEEK_HOLE", id_));
     // Each page that holds any data.
@@ -116,6 +88,20 @@ uint64_t GuestRam::total_bytes() const {
   uint64_t total = 0;
   for (const RamBlock& block : blocks_) total += block.size();
   return total;
+}
+
+absl::Status GuestRam::CheckIntact() const {
+  for (const RamBlock& block : blocks_) {
+    // Pages that are gone are holes to whoever looks for holes first, and are not accessed then.
+    struct stat st;
+    const bool whole = ::fstat(block.fd(), &st) == 0 && static_cast<uint64_t>(st.st_size) >= block.size();
+    if (!block.intact() || !whole)
+      return Error(absl::StatusCode::kDataLoss,
+                   "RAM block {}: some of it could not be had any more: its file was truncated, or its file "
+                   "system is full",
+                   block.id());
+  }
+  return absl::OkStatus();
 }
 
 absl::Status GuestRam::SetLayout(std::vector<GpaRange> layout) {

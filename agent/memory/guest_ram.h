@@ -13,13 +13,15 @@
 
 #include "agent/memory/page_set.h"
 #include "common/fd.h"
+#include "common/guarded_mapping.h"
 #include "common/status.h"
 
 namespace baton::memory {
 
 // A shared file that backs guest memory. The stream names memory by (block index, offset in the file).
 // Move-only; unmaps and closes at destruction. The mapping is valid as long as the object lives; reading it
-// is safe from any thread, against a running guest the content is simply racy.
+// is safe from any thread, against a running guest the content is simply racy. A file that others make
+// shorter does no harm but to what it holds: see GuestRam::CheckIntact().
 class RamBlock {
  public:
   // Creates (or truncates to) a file of `size` bytes with mode 0600 and maps it. `size` must be a multiple of
@@ -29,14 +31,13 @@ class RamBlock {
   static absl::StatusOr<RamBlock> Open(const std::string& id, const std::string& path);
   // Maps a descriptor, whole (its size by fstat).
   static absl::StatusOr<RamBlock> FromFd(const std::string& id, UniqueFd fd);
-  RamBlock(RamBlock&&) noexcept;
-  RamBlock& operator=(RamBlock&&) noexcept;
-  ~RamBlock();
 
   const std::string& id() const { return id_; }
-  uint8_t* base() const { return base_; }
-  uint64_t size() const { return size_; }
-  uint64_t pages() const { return size_ / kPageSize; }
+  uint8_t* base() const { return map_.base(); }
+  uint64_t size() const { return map_.size(); }
+  uint64_t pages() const { return size() / kPageSize; }
+  // See GuardedMapping.
+  bool intact() const { return map_.intact(); }
   int fd() const { return fd_.get(); }
   dev_t device() const { return device_; }
   ino_t inode() const { return inode_; }
@@ -46,9 +47,8 @@ class RamBlock {
  private:
   RamBlock() = default;
   std::string id_;
-  uint8_t* base_ = nullptr;
-  uint64_t size_ = 0;
   UniqueFd fd_;
+  GuardedMapping map_;
   dev_t device_ = 0;
   ino_t inode_ = 0;
 };
@@ -69,6 +69,9 @@ class GuestRam {
       : blocks_(std::move(blocks)), state_(std::make_unique<State>()) {}
   const std::vector<RamBlock>& blocks() const { return blocks_; }
   uint64_t total_bytes() const;
+  // DataLoss if the file of a block is shorter than it was, or once an access has not found it: zeroes were
+  // read instead. To be asked after the use of memory and before anything is made of it.
+  absl::Status CheckIntact() const;
   // Rejects ranges that overlap, are unaligned, overflow or lie outside their block.
   absl::Status SetLayout(std::vector<GpaRange> layout);
   // Sorted by address.

@@ -36,6 +36,9 @@ void IncomingMigration::Impl::Run(bool recovered) {
   } else {
     reporter_.EnterPhase(v1::PREPARING);
     status = Receive();
+    // A memory file that others make shorter shows in many ways.
+    if (const absl::Status intact = p_.ram.CheckIntact(); !intact.ok())
+      status = WithReason(intact, v1::DESTINATION_VMM_FAILED);
     if (status.ok()) status = Own();
   }
   if (stopping()) return;

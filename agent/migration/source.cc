@@ -363,6 +363,7 @@ absl::StatusOr<RoundSample> OutgoingMigration::Impl::SendRound(const memory::Pag
   } else {
     RETURN_IF_ERROR(sender_->SendRound(pages, round, options, deadline));
   }
+  RETURN_IF_ERROR(WithReason(p_.ram.CheckIntact(), v1::SOURCE_VMM_FAILED));
   if (final) return sample;
   RETURN_IF_ERROR(SendRoundEnd(round, false, deadline));
   ASSIGN_OR_RETURN(

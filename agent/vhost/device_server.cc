@@ -206,6 +206,11 @@ void DeviceServer::Impl::Run() {
       }
       Serve(kicked[i]);
     }
+    if (absl::Status intact = options_.ram->CheckIntact(); connection_.valid() && !intact.ok()) {
+      LOG_ERROR("device {}: {}", options_.name, Message(intact));
+      Disconnect();
+      continue;
+    }
     if (fds[2].revents) channel_.Close();
     if (!fds[1].revents) continue;
     if (connection_.valid()) {

@@ -129,6 +129,9 @@ absl::StatusOr<v1::DeviceState> Mediator::Impl::CollectState(Deadline deadline) 
   RETURN_IF_ERROR(Run(
       [this, state, deadline] {
         *state = BuildState();
+        // Whatever was made of zeroes that stood for it.
+        const absl::Status intact = options_.ram ? options_.ram->CheckIntact() : absl::OkStatus();
+        if (!intact.ok()) *state = WithReason(Annotate(intact, "device " + name()), v1::SOURCE_VMM_FAILED);
         if (state->ok()) {
           if (absl::Status saved = SaveStateInto(&**state, deadline); !saved.ok()) *state = saved;
         }

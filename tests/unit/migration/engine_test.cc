@@ -52,6 +52,33 @@ TEST_F(EngineTest, PageThatTheVmmTakesAwayMeanwhile_ComesAgainThoughNobodyWroteI
   EXPECT_EQ(proxy_.damaged_pages, 1);
 }
 
+// By a back-end that was given its descriptor, say. The pages are gone for the guest as well, but neither
+// shim ends by it, and no guest is made of zeroes.
+TEST_F(EngineTest, MemoryThatIsTruncatedAtTheSource_EndsTheMigration) {
+  Prepare("m1");
+  StartDestination();
+  ASSERT_EQ(::ftruncate(source_->ram.blocks()[0].fd(), 64 * memory::kPageSize), 0);
+  StartSource();
+  EXPECT_EQ(SourceEnd(), OutgoingMigration::Outcome::kResumed);
+  EXPECT_EQ(DestinationEnd(), IncomingMigration::Outcome::kRefused);
+  EXPECT_EQ(out_->report().reason(), v1::SOURCE_VMM_FAILED) << out_->report().ShortDebugString();
+  EXPECT_NE(out_->report().message().find("its file was truncated"), std::string::npos)
+      << out_->report().message();
+}
+
+TEST_F(EngineTest, MemoryThatIsTruncatedAtTheDestination_GetsNoGuest) {
+  Prepare("m1");
+  StartDestination();
+  proxy_.set_filter([&](bool to_destination, const v1::PeerMessage& message) {
+    if (to_destination && message.has_yield()) {
+      EXPECT_EQ(::ftruncate(destination_->ram.blocks()[0].fd(), 64 * memory::kPageSize), 0);
+    }
+    return true;
+  });
+  StartSource();
+  ExpectStayed(v1::DESTINATION_VMM_FAILED);
+}
+
 TEST_F(EngineTest, ATunnelIsNoChannelOfAMigrationOfMemory) {
   Prepare("m1");
   StartDestination();

@@ -143,6 +143,39 @@ TEST_F(MediatorTest, SlowRequestsEndTheStopAtItsBoundAndTheRingGoesOn) {
   EXPECT_TRUE(mediator_->CollectState(Soon()).ok());
 }
 
+// Whoever holds a descriptor of it may do that; a mapping of this process would end it with SIGBUS.
+TEST_F(MediatorTest, MemoryThatIsTruncatedUnderItIsAnErrorOfTheDevice) {
+  StartBackend();
+  UniqueFd file(::memfd_create("ram", MFD_CLOEXEC));
+  ASSERT_EQ(::ftruncate(file.get(), FakeVmm::kMemory), 0);
+  auto block = memory::RamBlock::FromFd("ram", file.Duplicate());
+  ASSERT_TRUE(block.ok()) << block.status();
+  std::vector<memory::RamBlock> blocks;
+  blocks.push_back(*std::move(block));
+  ram_ = std::make_unique<memory::GuestRam>(std::move(blocks));
+  ASSERT_TRUE(ram_->SetLayout({{0, FakeVmm::kMemory, 0, 0}}).ok());
+  MediatorOptions options = Options();
+  options.ram = ram_.get();
+  ASSERT_NO_FATAL_FAILURE(StartMediator(std::move(options)));
+  vmm_ = std::make_unique<FakeVmm>(dir_ + "/vmm.sock");
+  ASSERT_NO_FATAL_FAILURE(vmm_->Negotiate());
+  ASSERT_NO_FATAL_FAILURE(vmm_->SetMemory());
+  ASSERT_NO_FATAL_FAILURE(vmm_->StartRing());
+  vmm_->Submit(0, true, 0, 1);
+  ASSERT_TRUE(vmm_->AwaitUsed(1));
+  ASSERT_EQ(::ftruncate(file.get(), 0), 0);
+  ASSERT_TRUE(mediator_->ArmStop(seconds(2)).ok());
+  EXPECT_EQ(vmm_->GetBase().value_or(99), 1u);
+  auto state = mediator_->CollectState(Soon());
+  EXPECT_EQ(ReasonOf(state.status()), v1::SOURCE_VMM_FAILED) << state.status();
+  EXPECT_THAT(Message(state.status()), testing::HasSubstr("device disk0: RAM block ram: "));
+  // It is still served.
+  ASSERT_TRUE(mediator_->DisarmStop().ok());
+  vmm_->StartRing(1);
+  vmm_->Submit(1, true, 1, 2);
+  EXPECT_TRUE(vmm_->AwaitUsed(2)) << mediator_->Describe().ShortDebugString();
+}
+
 TEST_F(MediatorTest, LogHasTheWritesOfTheBackendAndNothingElse) {
   StartBackend();
   MediatorOptions options = Options();
