@@ -40,7 +40,7 @@ struct NetReply {
 // guest memory once. A request that is refused changes nothing.
 class NetControl {
  public:
-  explicit NetControl(NetLimits limits) : limits_(std::move(limits)) {}
+  explicit NetControl(const NetLimits& limits) : limits_(limits) {}
   const NetLimits& limits() const { return limits_; }
 
   // `request`: class, command and data. `ready_pairs`: how many pairs the driver has set up, counted from the
