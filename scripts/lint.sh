@@ -5,7 +5,8 @@
 #   shell       every shell script, by shellcheck
 #   packages    the list of packages is one that Debian can install, and it is complete
 #   prometheus  rules and their tests
-#   tidy        clang-tidy on every C++ file (what has not changed since it last passed is not looked at again)
+#   tidy        clang-tidy on every C++ file, or on those of the directories that follow (what has not changed since it last
+#               passed is not looked at again)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # shellcheck source=scripts/lib.sh
@@ -76,7 +77,7 @@ tidy() {
     tail -n 40 build/build-lint.log
     return 1
   }
-  python3 scripts/tidy.py
+  python3 scripts/tidy.py "$@"
 }
 
 case ${1-all} in
@@ -84,7 +85,7 @@ case ${1-all} in
   shell) shell ;;
   packages) package_list ;;
   prometheus) prometheus ;;
-  tidy) tidy ;;
+  tidy) tidy "${@:2}" ;;
   --fix) fix ;;
   all)
     status=0
@@ -95,7 +96,7 @@ case ${1-all} in
     exit "$status"
     ;;
   *)
-    echo "usage: ./dev lint [format|shell|packages|prometheus|tidy|--fix]" >&2
+    echo "usage: ./dev lint [format|shell|packages|prometheus|tidy [DIRECTORY...]|--fix]" >&2
     exit 2
     ;;
 esac

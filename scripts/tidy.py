@@ -1,4 +1,5 @@
-"""clang-tidy over the C++ files of the build in build/lint, as many at a time as there are processors.
+"""tidy.py [DIRECTORY...]: clang-tidy over the C++ files of the build in build/lint, or of these directories only, as many
+at a time as there are processors.
 
 What clang-tidy costs is reading headers, so it reads the files of a target together, as a unity build does: findings in
 an included .cc file are reported like those in a header, if HeaderFilterRegex names it. misc-unused-using-decls would
@@ -48,15 +49,12 @@ def includes(entry):
     return sorted({os.path.normpath(os.path.join(entry["directory"], word)) for word in words})
 
 
-def members(entries):
-    """Source files that these units are or include."""
-    files = set()
-    for name in entries:
-        files.add(name)
-        if "/Unity/" in name:
-            with open(name) as file:
-                files.update(re.findall(r'^#include "(.*)"', file.read(), re.M))
-    return files
+def members(name):
+    """Source files that a unit is, or includes."""
+    if "/Unity/" not in name:
+        return [name]
+    with open(name) as file:
+        return re.findall(r'^#include "(.*)"', file.read(), re.M)
 
 
 def unused_using(path):
@@ -92,8 +90,16 @@ def main():
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.cc"], capture_output=True, text=True,
         check=True).stdout.split() if os.path.exists(name)]
     # What CMake does not compile (programs of guests) is read by itself.
-    for name in set(sources) - members(entries):
+    for name in set(sources) - {file for name in entries for file in members(name)}:
         entries[name] = {"file": name, "directory": root, "command": f"clang++-14 -std=c++20 -I{root} -c {name}"}
+    if len(sys.argv) > 1:
+        chosen = tuple(root + name.rstrip("/") + "/" for name in sys.argv[1:])
+        sources = [name for name in sources if name.startswith(chosen)]
+        # The files of a unit are all of one target, thus of one directory.
+        entries = {name: entry for name, entry in entries.items() if members(name)[0].startswith(chosen)}
+        if not entries:
+            print("clang-tidy: nothing in " + " ".join(sys.argv[1:]))
+            return 1
     unused = [line for name in sources for line in unused_using(name)]
     for line in unused:
         print(line, flush=True)
@@ -105,7 +111,7 @@ def main():
     todo = [entry for name, entry in sorted(entries.items()) if not passed_before(name, state)]
     print(f"clang-tidy: {len(todo)} of {len(entries)} units with {len(sources)} files", flush=True)
     bad = 0
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for name, read, output in pool.map(look, todo):
             if read is None:
                 bad += 1
@@ -113,7 +119,7 @@ def main():
             else:
                 state[name] = read
     with open(STATE, "w") as file:
-        json.dump({name: read for name, read in state.items() if name in entries}, file)
+        json.dump({name: read for name, read in state.items() if os.path.exists(name)}, file)
     if bad:
         print(f"clang-tidy: {bad} units with findings")
     return 1 if bad or unused else 0
