@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 . scripts/lib.sh
 
 # What a run without arguments does. The other stages are asked for by name: `long` for its time, the others (tidy build
-# asan tsan) until each of them has passed as a whole.
+# asan tsan asan_all tsan_all) until each of them has passed as a whole.
 all_stages=(lint unit integration fuzz demo e2e)
 # The preset whose programs are tested, demonstrated and measured: what is shipped.
 preset=release
@@ -122,7 +122,8 @@ stage_lint() {
   for part in format shell packages prometheus; do check "lint $part" scripts/lint.sh "$part"; done
 }
 
-stage_tidy() { check "lint tidy" scripts/lint.sh tidy; }
+# Of what is shipped; the tests' files cost as much again, and ./dev lint looks at them.
+stage_tidy() { check "lint tidy" scripts/lint.sh tidy agent client common server; }
 
 stage_build() { check "build $preset" build "$preset"; }
 
@@ -142,18 +143,23 @@ no_reports() {
   return "$status"
 }
 
-# sanitized PRESET: the tests in a build with sanitizers. Programs that tests start report into files, and may do so without
-# making the test fail.
+# sanitized PRESET TARGET LABELS: the tests in a build with sanitizers. Programs that tests start report into files, and may do
+# so without making the test fail.
 sanitized() {
-  check "build $1" build "$1" sanitized || return
+  check "build $1" build "$1" "$2" || return
   rm -f "build/$1/reports"/*
-  tests "$1" -L 'unit|integration' -LE "no-$1" -j2
+  tests "$1" -L "$3" -LE "no-$1" -j2
   check "no report of $1" no_reports "build/$1/reports"
 }
 
-stage_asan() { sanitized asan; }
+stage_asan() { sanitized asan sanitized_unit unit; }
 
-stage_tsan() { sanitized tsan; }
+stage_tsan() { sanitized tsan sanitized_unit unit; }
+
+# With real peers too: several times as long, to build and to run.
+stage_asan_all() { sanitized asan sanitized 'unit|integration'; }
+
+stage_tsan_all() { sanitized tsan sanitized 'unit|integration'; }
 
 stage_fuzz() { check "build fuzz" build fuzz fuzzers && tests fuzz -L fuzz -j2; }
 
