@@ -102,7 +102,7 @@ TEST(Inflight, EntryBeyondASmallerRingIsRefused) {
 
 // A back-end that completes in batches, killed between any two stores, loses and repeats nothing.
 TEST(Inflight, RecoveryAfterAnyCrashPointIsRight) {
-  rc::check([] {
+  EXPECT_TRUE(rc::check([] {
     const uint16_t n = 16;
     Part part(n);
     std::vector<bool> taken(n, false), published(n, false);
@@ -150,7 +150,7 @@ TEST(Inflight, RecoveryAfterAnyCrashPointIsRight) {
       if (taken[i] && !published[i]) expected.push_back(i);
     }
     RC_ASSERT(heads == expected);
-  });
+  }));
 }
 
 }  // namespace

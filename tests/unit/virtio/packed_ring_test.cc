@@ -15,11 +15,11 @@ TEST(PackedBase, EncodesPositionsAndWraps) {
 }
 
 TEST(PackedBase, EncodingRoundTrips) {
-  rc::check([](uint32_t raw) { RC_ASSERT(EncodePackedBase(DecodePackedBase(raw)) == raw); });
+  EXPECT_TRUE(rc::check([](uint32_t raw) { RC_ASSERT(EncodePackedBase(DecodePackedBase(raw)) == raw); }));
 }
 
 TEST(PackedPosition, AdvanceAndDistanceAgree) {
-  rc::check([] {
+  EXPECT_TRUE(rc::check([] {
     auto n = static_cast<uint16_t>(*rc::gen::inRange(1, 32769));
     auto start = static_cast<uint16_t>(*rc::gen::inRange(0, int{n}));
     auto k = static_cast<uint16_t>(*rc::gen::inRange(0, int{n}));
@@ -27,7 +27,7 @@ TEST(PackedPosition, AdvanceAndDistanceAgree) {
     PackedPosition to = Advance(from, k, n);
     RC_ASSERT(to.idx < n);
     RC_ASSERT(Distance(from, to, n) == k);
-  });
+  }));
 }
 
 TEST(PackedInvariants, EachNamesTheValueThatBroke) {

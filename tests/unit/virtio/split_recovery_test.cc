@@ -136,14 +136,14 @@ Outcome KilledAtRandom(uint64_t seed, uint16_t n, int depth, double disorder) {
 }
 
 TEST(SplitRecovery, NeverWrongWhereItsAssumptionHolds) {
-  rc::check([] {
+  EXPECT_TRUE(rc::check([] {
     auto seed = *rc::gen::arbitrary<uint64_t>();
     auto n = *rc::gen::element<uint16_t>(8, 16, 64, 128);
     auto depth = *rc::gen::inRange(1, n + 1);
     auto disorder = *rc::gen::element(0.0, 0.05, 0.3, 1.0);
     Outcome out = KilledAtRandom(seed, n, depth, disorder);
     if (out.answered && out.assumption_held) RC_ASSERT(out.right);
-  });
+  }));
 }
 
 TEST(SplitRecovery, AnswersForTheDepthsThatDisksSee) {
