@@ -39,6 +39,8 @@ if(BATON_SANITIZE)
     ASAN_OPTIONS=log_path=${baton_reports}/asan:detect_stack_use_after_return=1
     UBSAN_OPTIONS=log_path=${baton_reports}/ubsan:print_stacktrace=1
     LSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/lsan.supp:print_suppressions=0
+    # A quarter of the cases of property tests: what sanitizers look for is in each of them.
+    RC_PARAMS=max_success=25
     TSAN_OPTIONS=log_path=${baton_reports}/tsan:suppressions=${CMAKE_SOURCE_DIR}/tests/tsan.supp:second_deadlock_stack=1)
   # The tests and what they start: ./dev test asan builds no benchmark, nor programs that only end-to-end tests start.
   add_custom_target(sanitized_unit)
@@ -85,7 +87,7 @@ function(baton_test name)
     set(ARG_TIMEOUT 120)
   endif()
   if(BATON_SANITIZE)
-    # Two to ten times slower, and the slowest are the property tests, which do nothing but compute.
+    # Two to ten times slower.
     math(EXPR ARG_TIMEOUT "4 * ${ARG_TIMEOUT}")
   endif()
   add_executable(${name} ${ARG_SRCS})

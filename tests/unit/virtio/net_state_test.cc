@@ -6,6 +6,7 @@
 #include <rapidcheck.h>
 #include <rapidcheck/gtest.h>
 
+#include <cstdlib>
 #include <random>
 
 #include "agent/virtio/net_replay.h"
@@ -202,7 +203,10 @@ TEST(NetStateProperty, Zz_HaveAppliedManyCommands) {
       NetControl(FullLimits()).Apply(RandomRequest(FullLimits(), random), 8, &state);
   }
   std::printf("net state: %llu commands applied\n", static_cast<unsigned long long>(steps));
-  EXPECT_GE(steps, 200000u);
+  // A run with parameters of its own is as long as they say.
+  if (!std::getenv("RC_PARAMS")) {
+    EXPECT_GE(steps, 200000u);
+  }
 }
 
 TEST(NetReplay, Order_IsThatOfQemusRestore) {
