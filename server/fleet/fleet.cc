@@ -257,7 +257,7 @@ void Fleet::Send(const std::string& host, v1::Command command, ReplyCallback cal
   Duration limit = std::chrono::seconds(command.timeout().seconds()) + std::chrono::seconds(5);
   Session::Pending pending;
   pending.callback = std::move(callback);
-  pending.timer = loop_.At(Clock::now() + limit, [this, weak = std::weak_ptr(session), id] {
+  pending.timer = loop_.At(Clock::now() + limit, [weak = std::weak_ptr(session), id] {
     auto session = weak.lock();
     if (!session) return;
     auto found = session->pending.find(id);
