@@ -110,7 +110,7 @@ absl::Status Frontend::GetVringBases(Request request, std::span<const uint32_t> 
   for (size_t i = 0; i < batch.size(); ++i)
     batch[i] = {{static_cast<uint32_t>(request), kVersion, sizeof(VringState)}, {indices[i], num}};
   const std::span<uint8_t> bytes(reinterpret_cast<uint8_t*>(batch.data()), batch.size() * sizeof(Pipelined));
-  if (absl::Status sent = connection_.SendRaw(bytes, deadline); !sent.ok())
+  if (absl::Status sent = connection_.SendRaw(static_cast<uint32_t>(request), bytes, deadline); !sent.ok())
     return absl::IsDeadlineExceeded(sent) ? absl::UnavailableError(Message(sent)) : sent;
   // The answers take the requests' place: all of one length, and while one is taken the next ones come.
   WireMessage reply;

@@ -14,7 +14,7 @@ virtio::PackedPosition Decode(uint32_t half) {
 
 }  // namespace
 
-void ToProto(const virtio::InflightSet& set, v1::VringState* out) {
+void ToProto(const virtio::InflightView& set, v1::VringState* out) {
   const bool packed = set.format == virtio::RingFormat::kPacked;
   out->set_last_avail(packed ? Encode(set.avail) : set.avail.idx);
   out->set_used_idx(packed ? Encode(set.used) : set.used.idx);
@@ -27,7 +27,27 @@ void ToProto(const virtio::InflightSet& set, v1::VringState* out) {
   at = out->mutable_chain_lengths()->mutable_data();
   for (const virtio::InflightRequest& request : set.requests) *at++ = request.num;
   // A set holds its chains in the order of its requests, and its descriptors as they lie in a ring.
-  out->set_descriptors(set.descs.data(), set.descs.size() * sizeof(virtio::InflightDesc));
+  const size_t bytes = set.descs.size() * sizeof(virtio::InflightDesc);
+  if (std::string* in = out->mutable_descriptors(); RoomIn(out).data() == set.descs.data()) {
+    in->resize(bytes);
+  } else {
+    in->assign(reinterpret_cast<const char*>(set.descs.data()), bytes);
+  }
+}
+
+void MakeRoom(bool packed, uint32_t n, v1::VringState* out) {
+  out->mutable_inflight()->Resize(static_cast<int>(n), 0);
+  if (!packed) return;
+  out->mutable_chain_lengths()->Resize(static_cast<int>(n), 0);
+  out->mutable_descriptors()->resize(n * sizeof(virtio::InflightDesc));
+}
+
+std::span<virtio::InflightDesc> RoomIn(v1::VringState* out) {
+  // A shorter string is kept where nothing is aligned.
+  if (out->descriptors().size() < sizeof(virtio::InflightDesc)) return {};
+  std::string* bytes = out->mutable_descriptors();
+  return {reinterpret_cast<virtio::InflightDesc*>(bytes->data()),
+          bytes->size() / sizeof(virtio::InflightDesc)};
 }
 
 absl::StatusOr<virtio::InflightSet> FromProto(const v1::VringState& vring) {

@@ -30,25 +30,26 @@ absl::Status Mediator::Impl::CopyPart(const virtio::InflightGeometry& geometry, 
                "the in-flight region was made shorter by its back-end");
 }
 
-absl::StatusOr<const virtio::InflightSet*> Mediator::Impl::ReadSet(const virtio::MemoryView& memory,
-                                                                   std::span<const uint8_t> part,
-                                                                   uint32_t index, uint32_t base,
-                                                                   virtio::InflightReader* reader) const {
+absl::StatusOr<virtio::InflightView> Mediator::Impl::ReadSet(const virtio::MemoryView& memory,
+                                                             std::span<const uint8_t> part, uint32_t index,
+                                                             uint32_t base,
+                                                             std::span<virtio::InflightDesc> room,
+                                                             virtio::InflightReader* reader) const {
   const virtio::InflightTraits& traits = virtio::TraitsOf(quirks_.inflight);
   if (record_.packed()) {
     ASSIGN_OR_RETURN(virtio::PackedRing ring, record_.Packed(index));
-    ASSIGN_OR_RETURN(const virtio::InflightSet* set, reader->ReadPacked(part, memory, ring));
-    RETURN_IF_ERROR(virtio::NormaliseBase(base, traits.packed_base_is_16_bit, ring.size, *set).status());
+    ASSIGN_OR_RETURN(const virtio::InflightView set, reader->ReadPacked(part, memory, ring, room));
+    RETURN_IF_ERROR(virtio::NormaliseBase(base, traits.packed_base_is_16_bit, ring.size, set).status());
     return set;
   }
   ASSIGN_OR_RETURN(virtio::SplitRing ring, record_.Split(index));
   ASSIGN_OR_RETURN(virtio::SplitIndices indices, virtio::ReadSplitIndices(memory, ring));
   ASSIGN_OR_RETURN(
-      const virtio::InflightSet* set,
+      const virtio::InflightView set,
       reader->ReadSplit(part, ring.size, indices.used,
                         traits.single_completions ? virtio::BatchRule::kSingle : virtio::BatchRule::kLinked));
-  RETURN_IF_ERROR(virtio::NormaliseBase(base, indices.used, static_cast<uint16_t>(set->size())).status());
-  RETURN_IF_ERROR(virtio::CheckSplitInvariants(ring.size, set->last_avail(), indices));
+  RETURN_IF_ERROR(virtio::NormaliseBase(base, indices.used, static_cast<uint16_t>(set.size())).status());
+  RETURN_IF_ERROR(virtio::CheckSplitInvariants(ring.size, set.last_avail(), indices));
   return set;
 }
 

@@ -162,6 +162,8 @@ void Mediator::Impl::MarkDirty(uint64_t gpa, uint64_t size) {
 // completes.
 void Mediator::Impl::MarkBuffersDirty(const std::vector<virtio::GuestSpan>& buffers, uint64_t* total) {
   const uint64_t last = record_.memory.last_gpa();
+  // Status bytes, mostly, and near each other.
+  std::optional<uint64_t> marked;
   // A guest that names all of its memory again and again gets it marked once.
   if (!logging_ || *total > last) return;
   std::lock_guard lock(log_mutex_);
@@ -170,6 +172,9 @@ void Mediator::Impl::MarkBuffersDirty(const std::vector<virtio::GuestSpan>& buff
     if (buffer.gpa > last || buffer.size - 1 > last - buffer.gpa) continue;
     *total += buffer.size;
     if (*total > last) return SetBits(0, last + 1);
+    const uint64_t page = buffer.gpa / memory::kPageSize;
+    if (marked == page && (buffer.gpa + (buffer.size - 1)) / memory::kPageSize == page) continue;
+    marked = page;
     SetBits(buffer.gpa, buffer.size);
   }
 }

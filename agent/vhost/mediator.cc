@@ -19,9 +19,6 @@
 namespace baton::vhost {
 
 namespace {
-// A VMM that stops its rings sends the next request within this time of the answer to the last.
-constexpr auto kVmmPause = std::chrono::milliseconds(5);
-
 // `timeout` of a poll (-1: none), or the time until `when` if that is sooner.
 int Sooner(int timeout, Clock::time_point when) {
   const int until = Deadline::At(when).PollTimeoutMs();
@@ -188,6 +185,11 @@ void Mediator::Impl::TellOfConfigChange() {
     LOG_WARN("device {}: the VMM was not told of a configuration change: {}", name(), Message(sent));
 }
 
+bool Mediator::Impl::WorkWaits() const {
+  std::lock_guard lock(mutex_);
+  return quit_ || !posted_.empty();
+}
+
 void Mediator::Impl::RunPosted() {
   std::deque<std::function<void()>> work;
   {
@@ -197,14 +199,14 @@ void Mediator::Impl::RunPosted() {
   for (auto& item : work) item();
 }
 
-absl::Status Mediator::Impl::Run(std::function<absl::Status()> work, Deadline deadline) {
+absl::Status Mediator::Impl::Run(std::function<absl::Status()> work, Deadline deadline, bool changes) {
   auto promise = std::make_shared<std::promise<absl::Status>>();
   auto future = promise->get_future();
   {
     std::lock_guard lock(mutex_);
-    posted_.push_back([this, promise, work = std::move(work)] {
+    posted_.push_back([this, promise, changes, work = std::move(work)] {
       absl::Status result = work();
-      Publish();  // the caller sees what it caused
+      if (changes) Publish();  // the caller sees what it caused
       promise->set_value(result);
     });
   }
@@ -219,6 +221,13 @@ absl::Status Mediator::Impl::Run(std::function<absl::Status()> work, Deadline de
 
 v1::Device Mediator::Impl::BuildDescription() const {
   v1::Device d;
+  DescribeIn(&d);
+  return d;
+}
+
+void Mediator::Impl::DescribeIn(v1::Device* device) const {
+  v1::Device& d = *device;
+  d.Clear();
   d.set_name(name());
   d.set_class_(options_.spec.class_());
   *d.mutable_backend() = options_.backend;
@@ -268,11 +277,11 @@ v1::Device Mediator::Impl::BuildDescription() const {
   d.set_no_handoff(obstacles.handoff);
   d.set_no_handoff_of_writes(obstacles.writes);
   d.set_no_takeover(obstacles.takeover);
-  return d;
 }
 
 void Mediator::Impl::Publish() {
-  v1::Device d = BuildDescription();
+  v1::Device& d = description_;
+  DescribeIn(&d);
   bool changed;
   {
     std::lock_guard lock(mutex_);

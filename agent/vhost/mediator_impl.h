@@ -39,6 +39,9 @@
 
 namespace baton::vhost {
 
+// A VMM that stops its rings sends the next request within this time of the answer to the last.
+inline constexpr auto kVmmPause = std::chrono::milliseconds(5);
+
 // Offered to the VMM whatever the back-end has: acknowledgements are ours to give, and a channel on which
 // nothing comes does no harm (User-Mode Linux up to 6.1 cannot do without one).
 inline constexpr uint64_t kOwnProtocolFeatures = pf::kReplyAck | pf::kBackendReq;
@@ -128,10 +131,14 @@ class Mediator::Impl {
   // The VMM stops its rings for a migration, one after the other.
   bool StopUnderWay() const { return stop_.begun && record_.any_started() && Armed(); }
   void RunPosted();
+  // Something was posted, or the end has come.
+  bool WorkWaits() const;
   // Runs `work` on the mediator's thread and waits for it. DeadlineExceeded: it may still run later.
-  absl::Status Run(std::function<absl::Status()> work, Deadline deadline);
+  // `changes`: what it does shows in Describe at once, not only a moment later.
+  absl::Status Run(std::function<absl::Status()> work, Deadline deadline, bool changes = true);
   void Publish();
   v1::Device BuildDescription() const;
+  void DescribeIn(v1::Device* device) const;
   // Of an ordinary request; within the stop of a migration no more than the stop has left.
   Deadline RequestDeadline() const;
   absl::Status Listen();
@@ -139,6 +146,8 @@ class Mediator::Impl {
   // --- vmm_requests.cc ---
   void AcceptVmm();
   void ServeVmm();
+  // A request of the VMM's, or why none came.
+  void ServeRequest(absl::StatusOr<WireMessage> message);
   // Ends the VMM's session: the record is forgotten, and the back-end gets a new connection for the next
   // session.
   void EndVmmSession();
@@ -239,9 +248,11 @@ class Mediator::Impl {
   absl::Status CopyPart(const virtio::InflightGeometry& geometry, uint32_t index,
                         std::vector<uint8_t>* part) const;
   // What one queue's part says, checked against the ring, and against the back-end's answer to its stop.
-  absl::StatusOr<const virtio::InflightSet*> ReadSet(const virtio::MemoryView& memory,
-                                                     std::span<const uint8_t> part, uint32_t index,
-                                                     uint32_t base, virtio::InflightReader* reader) const;
+  // `room`: where a packed ring's descriptors are to stay.
+  absl::StatusOr<virtio::InflightView> ReadSet(const virtio::MemoryView& memory,
+                                               std::span<const uint8_t> part, uint32_t index, uint32_t base,
+                                               std::span<virtio::InflightDesc> room,
+                                               virtio::InflightReader* reader) const;
 
   // --- suspend.cc, fence.cc: the stop of a migration ---
   // With the first queue that the VMM stops. Suspends, or drains as far as that can be done for all at once.
@@ -265,7 +276,7 @@ class Mediator::Impl {
   absl::Status JudgeAll(const Judgement& judgement) const;
   void ResumeSuspended(const std::vector<uint32_t>& rings);
   // The base as the VMM is told it: the next request to fetch.
-  uint32_t ToldBase(const virtio::InflightSet& set) const;
+  uint32_t ToldBase(const virtio::InflightView& set) const;
   bool HasFence() const { return !options_.fence.command.empty(); }
   absl::Status FenceIfNeeded();
   // Before anything is submitted at this side again.
@@ -405,7 +416,8 @@ class Mediator::Impl {
   std::map<uint32_t, UniqueFd> error_fds_;  // by ring
   Clock::time_point errors_muted_until_{};
   std::string message_;
-  bool untold_ = false;  // something happened in a stop, and Publish waits for its end
+  v1::Device description_;  // what Publish made last: the next one takes no memory
+  bool untold_ = false;     // something happened in a stop, and Publish waits for its end
   Duration backoff_{};
   Clock::time_point retry_at_{};
   bool logging_ = false;
@@ -436,7 +448,7 @@ class Mediator::Impl {
     std::vector<uint8_t> part;
     virtio::InflightReader reader;
     std::vector<virtio::GuestSpan> buffers;
-    std::map<uint32_t, v1::VringState> states;  // by ring, empty
+    std::map<uint32_t, v1::VringState> states;  // by ring, of the largest size
   };
   StopSpace stop_space_;
   bool fenced_ = false;

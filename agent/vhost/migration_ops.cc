@@ -137,7 +137,7 @@ absl::StatusOr<v1::DeviceState> Mediator::Impl::CollectState(Deadline deadline) 
         }
         return absl::OkStatus();
       },
-      deadline));
+      deadline, /*changes=*/false));
   return std::move(*state);
 }
 

@@ -9,6 +9,7 @@
 #include "agent/virtio/blk_in_flight.h"
 #include "agent/virtio/features.h"
 #include "agent/virtio/handoff.h"
+#include "agent/virtio/ring_access.h"
 #include "common/log.h"
 
 namespace baton::vhost {
@@ -19,12 +20,15 @@ constexpr size_t kMaxStateSpace = size_t{16} << 20;
 
 absl::Status Unsafe(const std::string& why) { return absl::FailedPreconditionError(why); }
 
-// A split ring's descriptors are in the cache of another processor, and will be here when the region's part
-// has been analysed. (Of a packed ring the part has a copy.)
-void PrefetchDescriptors(const virtio::MemoryView& memory, const DeviceRecord& record, uint32_t index) {
+// A split ring's indices and descriptors are in the cache of another processor, and will be here when the
+// region's part has been copied and analysed. (Of a packed ring the part has a copy.)
+void PrefetchRing(const virtio::MemoryView& memory, const DeviceRecord& record, uint32_t index) {
   if (record.packed()) return;
   const auto ring = record.Split(index);
   if (!ring.ok()) return;
+  for (uint64_t idx : {ring->avail + virtio::kRingIdx, ring->used + virtio::kRingIdx}) {
+    if (const uint8_t* at = memory.PieceAt(idx).At(idx, 2)) __builtin_prefetch(at);
+  }
   const uint64_t bytes = virtio::SplitDescBytes(ring->size);
   const uint8_t* at = memory.PieceAt(ring->desc).At(ring->desc, bytes);
   for (uint64_t line = 0; at && line < bytes; line += 64) __builtin_prefetch(at + line);
@@ -111,14 +115,7 @@ void Mediator::Impl::PrepareSpace() {
     const size_t each = record_.packed() ? 2 * sizeof(uint32_t) + sizeof(virtio::InflightDesc) : 4;
     if (n * each > left) continue;
     left -= n * each;
-    v1::VringState& state = space.states[index];
-    state.mutable_inflight()->Resize(static_cast<int>(n), 0);
-    if (record_.packed()) {
-      state.mutable_chain_lengths()->Resize(static_cast<int>(n), 0);
-      state.mutable_descriptors()->resize(n * sizeof(virtio::InflightDesc));
-    }
-    // Which keeps the memory.
-    state.Clear();
+    MakeRoom(record_.packed(), n, &space.states[index]);
   }
   space.reader.Reserve(record_.packed() ? virtio::RingFormat::kPacked : virtio::RingFormat::kSplit,
                        static_cast<uint16_t>(largest));
@@ -190,11 +187,13 @@ absl::Status Mediator::Impl::JudgeRing(uint32_t index, uint32_t base, Judgement*
   RETURN_IF_ERROR(j.geometry.status());
   std::vector<uint8_t>& part = stop_space_.part;
   std::vector<virtio::GuestSpan>& buffers = stop_space_.buffers;
+  PrefetchRing(j.memory, record_, index);
   RETURN_IF_ERROR(CopyPart(*j.geometry, index, &part));
-  PrefetchDescriptors(j.memory, record_, index);
-  auto read = ReadSet(j.memory, part, index, base, &stop_space_.reader);
-  if (!read.ok()) return Annotate(read.status(), fmt::format("ring {}", index));
-  const virtio::InflightSet* set = *read;
+  MigrationStop::HandedOff& ring = stop_.handed_off[index];
+  if (auto ready = stop_space_.states.find(index); ready != stop_space_.states.end())
+    ring.state.Swap(&ready->second);
+  const auto set = ReadSet(j.memory, part, index, base, RoomIn(&ring.state), &stop_space_.reader);
+  if (!set.ok()) return Annotate(set.status(), fmt::format("ring {}", index));
   const uint64_t desc = record_.packed() ? record_.Packed(index)->desc : record_.Split(index)->desc;
   const auto n = static_cast<uint16_t>(record_.vrings[index].num);
   buffers.clear();
@@ -208,11 +207,8 @@ absl::Status Mediator::Impl::JudgeRing(uint32_t index, uint32_t base, Judgement*
   }
   MarkBuffersDirty(buffers, &j.marked);
   // At once, as long as it is in the cache.
-  MigrationStop::HandedOff& ring = stop_.handed_off[index];
   ring.told = ToldBase(*set);
   ring.requests = set->size();
-  if (auto ready = stop_space_.states.find(index); ready != stop_space_.states.end())
-    ring.state.Swap(&ready->second);
   ToProto(*set, &ring.state);
   return absl::OkStatus();
 }
@@ -237,7 +233,7 @@ absl::Status Mediator::Impl::JudgeAll(const Judgement& judgement) const {
   return absl::OkStatus();
 }
 
-uint32_t Mediator::Impl::ToldBase(const virtio::InflightSet& set) const {
+uint32_t Mediator::Impl::ToldBase(const virtio::InflightView& set) const {
   if (!record_.packed()) return set.last_avail();
   return virtio::EncodePackedBase({set.avail, set.used});
 }

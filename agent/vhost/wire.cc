@@ -236,9 +236,12 @@ absl::Status CheckContent(const WireMessage& m) {
 }  // namespace
 
 const RequestInfo* FindRequest(uint32_t id) {
-  auto it = std::find_if(std::begin(kRequests), std::end(kRequests),
-                         [&](const RequestInfo& info) { return static_cast<uint32_t>(info.id) == id; });
-  return it == std::end(kRequests) ? nullptr : it;
+  static constexpr auto kById = [] {
+    std::array<const RequestInfo*, 64> by_id{};
+    for (const RequestInfo& info : kRequests) by_id[static_cast<uint32_t>(info.id)] = &info;
+    return by_id;
+  }();
+  return id < kById.size() ? kById[id] : nullptr;
 }
 
 std::string RequestName(uint32_t id) {

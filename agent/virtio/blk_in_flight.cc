@@ -25,7 +25,7 @@ bool HasSegments(uint32_t type) {
 // Gathers one request's first bytes and lengths, reusing its buffers for the next.
 class BlkReader {
  public:
-  BlkReader(const MemoryView& memory, uint64_t desc, uint16_t n, const InflightSet& set,
+  BlkReader(const MemoryView& memory, uint64_t desc, uint16_t n, const InflightView& set,
             std::vector<GuestSpan>* buffers)
       : memory_(memory), pieces_(memory), set_(set), n_(n), limit_(MaxChain(n)), buffers_(buffers) {
     if (set.format != RingFormat::kSplit || set.empty()) return;
@@ -149,7 +149,7 @@ class BlkReader {
 
   const MemoryView& memory_;
   PieceCache<kBlkHeaderBytes> pieces_;
-  const InflightSet& set_;
+  const InflightView set_;
   const uint16_t n_;
   const uint32_t limit_;
   std::vector<GuestSpan>* const buffers_;
@@ -171,34 +171,30 @@ class PlainReader {
   // Of any other request, and of one that is malformed: BlkReader says what it is.
   static constexpr uint64_t kNotPlain = uint64_t{1} << 32;
 
-  PlainReader(const MemoryView& memory, const InflightSet& set, const uint8_t* ring_table, uint16_t n)
+  PlainReader(const MemoryView& memory, const InflightView& set, const uint8_t* ring_table, uint16_t n)
       : pieces_(memory), set_(set), table_(ring_table), n_(n), limit_(MaxChain(n)) {
-    for (size_t k = 0; k < std::min(kHeaderAhead, set.size()); ++k) Ahead(set.requests[k]);
+    for (size_t k = 0; table_ && k < std::min(kHeaderAhead, set.size()); ++k) Ahead(set.requests[k]);
   }
 
   uint64_t Type(size_t k, std::vector<GuestSpan>* buffers) {
     const InflightRequest* const request = &set_.requests[k];
-    if (set_.requests.size() - k > kHeaderAhead) Ahead(request[kHeaderAhead]);
     if (set_.format == RingFormat::kPacked)
       return PackedType(set_.descs.data() + request->first, request->num, buffers);
-    return table_ ? SplitType(request->id, buffers) : kNotPlain;
+    if (!table_) return kNotPlain;
+    if (set_.requests.size() - k > kHeaderAhead) Ahead(request[kHeaderAhead]);
+    return SplitType(request->id, buffers);
   }
 
  private:
   // Guest memory was last written by other processors, and to wait for it costs more than all that is done
-  // with it: headers are asked for this many requests ahead.
+  // with it: headers are asked for this many requests ahead. (A packed ring's have been already, with its
+  // chains.)
   static constexpr size_t kHeaderAhead = 48;
 
   void Ahead(const InflightRequest& request) {
-    uint64_t header = 0;
-    if (set_.format == RingFormat::kPacked) {
-      if (request.num == 0) return;
-      header = set_.descs[request.first].addr;
-    } else {
-      if (!table_ || request.id >= n_) return;
-      // Only a hint: what counts is read when its turn comes.
-      header = LoadAnywhere<uint64_t>(table_ + sizeof(SplitDesc) * request.id);
-    }
+    if (request.id >= n_) return;
+    // Only a hint: what counts is read when its turn comes.
+    const auto header = LoadAnywhere<uint64_t>(table_ + sizeof(SplitDesc) * request.id);
     if (const uint8_t* at = pieces_.At(header)) __builtin_prefetch(at);
   }
 
@@ -248,7 +244,7 @@ class PlainReader {
   }
 
   PieceCache<kBlkHeaderBytes> pieces_;
-  const InflightSet& set_;
+  const InflightView set_;
   const uint8_t* const table_;
   const uint32_t n_, limit_;
 };
@@ -256,7 +252,7 @@ class PlainReader {
 }  // namespace
 
 std::vector<BlkRequest> ReadBlkRequests(const MemoryView& memory, uint64_t desc, uint16_t n,
-                                        const InflightSet& set, std::vector<GuestSpan>* buffers) {
+                                        const InflightView& set, std::vector<GuestSpan>* buffers) {
   std::vector<BlkRequest> out;
   out.reserve(set.size());
   BlkReader reader(memory, desc, n, set, buffers);
@@ -264,7 +260,7 @@ std::vector<BlkRequest> ReadBlkRequests(const MemoryView& memory, uint64_t desc,
   return out;
 }
 
-ClassesPresent ReadClasses(const MemoryView& memory, uint64_t desc, uint16_t n, const InflightSet& set,
+ClassesPresent ReadClasses(const MemoryView& memory, uint64_t desc, uint16_t n, const InflightView& set,
                            v1::DeviceClass device_class, std::vector<GuestSpan>* buffers) {
   if (device_class != v1::BLK) return ClassesOf(device_class, set.size());
   ClassesPresent out;

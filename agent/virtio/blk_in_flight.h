@@ -25,11 +25,11 @@ struct GuestSpan {
 // own). `n`: size of the ring. One for each request of `set`, in its order. `buffers`, if given, gets what
 // the device may write of them: addresses and lengths are the guest's, and not checked.
 std::vector<BlkRequest> ReadBlkRequests(const MemoryView& memory, uint64_t desc, uint16_t n,
-                                        const InflightSet& set, std::vector<GuestSpan>* buffers = nullptr);
+                                        const InflightView& set, std::vector<GuestSpan>* buffers = nullptr);
 
 // The classes of the set's requests, without the rest of what ReadBlkRequests finds. Of a disk they are read
 // from memory, of other devices ClassesOf.
-ClassesPresent ReadClasses(const MemoryView& memory, uint64_t desc, uint16_t n, const InflightSet& set,
+ClassesPresent ReadClasses(const MemoryView& memory, uint64_t desc, uint16_t n, const InflightView& set,
                            v1::DeviceClass device_class, std::vector<GuestSpan>* buffers = nullptr);
 
 }  // namespace baton::virtio

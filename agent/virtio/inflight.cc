@@ -67,6 +67,22 @@ void WritePackedRequests(std::span<uint8_t> part, uint16_t desc_num, const Infli
   Put(part, 0, header);
 }
 
+// A packed part's set, but for its descriptors.
+void FillAllButDescs(const PackedPartState& state, uint16_t ring_size, InflightSet* set) {
+  set->format = RingFormat::kPacked;
+  set->requests.resize(state.heads.size());
+  InflightRequest* to = set->requests.data();
+  uint32_t first = 0;
+  for (const AgedHead& head : state.heads) {
+    const uint16_t num = state.desc[head.entry].num;
+    *to++ = {state.chains[first + num - 1].id, num, first, head.counter};
+    first += num;
+  }
+  set->used = state.used;
+  set->avail = Advance(state.used, static_cast<uint16_t>(first), ring_size);
+  set->repaired = state.commit ? static_cast<uint16_t>(state.repaired.size()) : uint16_t{0};
+}
+
 }  // namespace
 
 std::vector<uint16_t> InflightSet::Ids() const {
@@ -91,20 +107,9 @@ void FillSet(const SplitPartState& state, uint16_t used_idx, InflightSet* set) {
   set->repaired = static_cast<uint16_t>(state.repaired.size());
 }
 
-void FillSet(PackedPartState* state, uint16_t ring_size, InflightSet* set) {
-  set->format = RingFormat::kPacked;
-  set->requests.resize(state->heads.size());
-  InflightRequest* to = set->requests.data();
-  set->descs.swap(state->chains);
-  uint32_t first = 0;
-  for (const AgedHead& head : state->heads) {
-    const uint16_t num = state->desc[head.entry].num;
-    *to++ = {set->descs[first + num - 1].id, num, first, head.counter};
-    first += num;
-  }
-  set->used = state->used;
-  set->avail = Advance(state->used, static_cast<uint16_t>(first), ring_size);
-  set->repaired = state->commit ? static_cast<uint16_t>(state->repaired.size()) : uint16_t{0};
+void FillSet(const PackedPartState& state, uint16_t ring_size, InflightSet* set) {
+  FillAllButDescs(state, ring_size, set);
+  set->descs.assign(state.chains.begin(), state.chains.end());
 }
 
 void InflightReader::Reserve(RingFormat format, uint16_t n) {
@@ -114,37 +119,42 @@ void InflightReader::Reserve(RingFormat format, uint16_t n) {
     split_.by_age.resize(n);
     return;
   }
-  set_.descs.resize(n);
   packed_.heads.resize(n);
   packed_.by_age.resize(n);
-  packed_.chains.resize(n);
   packed_.taken.resize(n);
   seen_.resize(65536);
 }
 
-absl::StatusOr<const InflightSet*> InflightReader::ReadSplit(std::span<const uint8_t> part,
-                                                             uint16_t ring_size, uint16_t used_idx,
-                                                             BatchRule rule) {
+absl::StatusOr<InflightView> InflightReader::ReadSplit(std::span<const uint8_t> part, uint16_t ring_size,
+                                                       uint16_t used_idx, BatchRule rule) {
   RETURN_IF_ERROR(AnalyseSplitPart(part, ring_size, used_idx, rule, &split_));
   FillSet(split_, used_idx, &set_);
-  return &set_;
+  return InflightView(set_);
 }
 
-absl::StatusOr<const InflightSet*> InflightReader::ReadPacked(std::span<const uint8_t> part,
-                                                              const MemoryView& memory,
-                                                              const PackedRing& ring) {
+absl::StatusOr<InflightView> InflightReader::ReadPacked(std::span<const uint8_t> part,
+                                                        const MemoryView& memory, const PackedRing& ring,
+                                                        std::span<InflightDesc> room) {
+  packed_.room = room;
   RETURN_IF_ERROR(AnalysePackedPart(part, memory, ring, &packed_));
   if (packed_.desc_num == 0) {
     return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
                  "in-flight region: the back-end has not begun to use it");
   }
-  FillSet(&packed_, ring.size, &set_);
+  FillAllButDescs(packed_, ring.size, &set_);
   // The rest of CheckInflightSet holds by the analysis.
   if (AnyIdTwice()) {
     return Error(v1::INFLIGHT_UNKNOWN, absl::StatusCode::kFailedPrecondition,
                  "in-flight region: a request is in flight twice");
   }
-  return &set_;
+  InflightView out(set_);
+  out.descs = packed_.chains;
+  return out;
+}
+
+InflightSet InflightReader::Take() {
+  if (set_.format == RingFormat::kPacked) set_.descs.assign(packed_.chains.begin(), packed_.chains.end());
+  return std::move(set_);
 }
 
 // InflightSet::HasDuplicates, with marks that are taken back one by one: a ring has few ids of all there

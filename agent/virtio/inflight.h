@@ -72,12 +72,35 @@ struct InflightSet {
   friend bool operator==(const InflightSet&, const InflightSet&) = default;
 };
 
+// What an InflightSet says, wherever its requests and descriptors are.
+struct InflightView {
+  RingFormat format = RingFormat::kSplit;
+  std::span<const InflightRequest> requests;
+  std::span<const InflightDesc> descs;
+  PackedPosition used;
+  PackedPosition avail;
+
+  InflightView() = default;
+  InflightView(const InflightSet& set)
+      : format(set.format), requests(set.requests), descs(set.descs), used(set.used), avail(set.avail) {}
+
+  bool empty() const { return requests.empty(); }
+  size_t size() const { return requests.size(); }
+  uint16_t last_avail() const { return avail.idx; }
+  std::span<const InflightDesc> DescsOf(const InflightRequest& request) const {
+    return descs.subspan(request.first, request.num);
+  }
+  uint32_t slots() const {
+    return static_cast<uint32_t>(format == RingFormat::kSplit ? requests.size() : descs.size());
+  }
+};
+
 // --- From a region ---
 
 // What an analysed part says, as a set in the form that CheckInflightSet wants, but that a packed set may
-// have an id twice. A packed part's chains go into the set.
+// have an id twice.
 void FillSet(const SplitPartState& state, uint16_t used_idx, InflightSet* set);
-void FillSet(PackedPartState* state, uint16_t ring_size, InflightSet* set);
+void FillSet(const PackedPartState& state, uint16_t ring_size, InflightSet* set);
 
 // `part`: a copy of one queue's part, aligned to 8; `ring_size`: entries of the ring; `used_idx`: used->idx
 // in guest memory. A part with version 0 gives an empty set. INFLIGHT_UNKNOWN when any field contradicts
@@ -90,25 +113,26 @@ absl::StatusOr<InflightSet> ReadInflightSplit(std::span<const uint8_t> part, uin
 absl::StatusOr<InflightSet> ReadInflightPacked(std::span<const uint8_t> part, const MemoryView& memory,
                                                const PackedRing& ring);
 
-// The same for one part after the other: what the last one took is used again for the next. A set is valid
-// until the next call. One thread.
+// The same for one part after the other: what the last one took is used again for the next. What is read is
+// valid until the next call. One thread.
 class InflightReader {
  public:
   // Makes room for parts of `n` entries, and touches it: later nothing waits for memory.
   void Reserve(RingFormat format, uint16_t n);
-  absl::StatusOr<const InflightSet*> ReadSplit(std::span<const uint8_t> part, uint16_t ring_size,
-                                               uint16_t used_idx, BatchRule rule);
-  absl::StatusOr<const InflightSet*> ReadPacked(std::span<const uint8_t> part, const MemoryView& memory,
-                                                const PackedRing& ring);
-  // The last set that was read.
-  InflightSet Take() { return std::move(set_); }
+  absl::StatusOr<InflightView> ReadSplit(std::span<const uint8_t> part, uint16_t ring_size, uint16_t used_idx,
+                                         BatchRule rule);
+  // The descriptors are written to `room`, where they are to stay, if they fit (an entry of the part each).
+  absl::StatusOr<InflightView> ReadPacked(std::span<const uint8_t> part, const MemoryView& memory,
+                                          const PackedRing& ring, std::span<InflightDesc> room = {});
+  // What was read last.
+  InflightSet Take();
 
  private:
   bool AnyIdTwice();
 
   SplitPartState split_;
   PackedPartState packed_;
-  InflightSet set_;
+  InflightSet set_;  // of a packed ring without the descriptors
   std::vector<uint8_t> seen_;
 };
 
@@ -159,7 +183,7 @@ absl::StatusOr<uint16_t> NormaliseBase(uint32_t base, uint16_t used_idx, uint16_
 // asked here. The used half of the answer must be the region's used position, unless `only_16_bits`, where it
 // is taken from the region. STATE_MISMATCH.
 absl::StatusOr<PackedBase> NormaliseBase(uint32_t base, bool only_16_bits, uint16_t n,
-                                         const InflightSet& set);
+                                         const InflightView& set);
 
 // A packed ring without a region, which must be drained: with `only_16_bits` the used position is taken to be
 // the avail position (right only if nothing is in flight). STATE_MISMATCH when avail != used.
@@ -177,7 +201,7 @@ absl::StatusOr<uint32_t> BaseFor(InflightKind kind, uint16_t n, const InflightSe
 absl::Status CheckInflightSplit(uint16_t n, SplitIndices indices, const InflightSet& set);
 
 // Distance from used to avail position is the sum of the chains' lengths and at most n.
-absl::Status CheckPackedPositions(uint16_t n, const InflightSet& set);
+absl::Status CheckPackedPositions(uint16_t n, const InflightView& set);
 // And the set's own form.
 absl::Status CheckInflightPacked(uint16_t n, const InflightSet& set);
 

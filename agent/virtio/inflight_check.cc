@@ -87,7 +87,7 @@ absl::Status CheckInflightPacked(uint16_t n, const InflightSet& set) {
   return CheckPackedPositions(n, set);
 }
 
-absl::Status CheckPackedPositions(uint16_t n, const InflightSet& set) {
+absl::Status CheckPackedPositions(uint16_t n, const InflightView& set) {
   if (set.format != RingFormat::kPacked) return Mismatch("the set is a split ring's");
   RETURN_IF_ERROR(CheckPackedInvariants(n, {set.avail, set.used}));
   const int32_t distance = Distance(set.used, set.avail, n);
@@ -151,7 +151,7 @@ absl::StatusOr<uint16_t> NormaliseBase(uint32_t base, uint16_t used_idx, uint16_
 }
 
 absl::StatusOr<PackedBase> NormaliseBase(uint32_t base, bool only_16_bits, uint16_t n,
-                                         const InflightSet& set) {
+                                         const InflightView& set) {
   RETURN_IF_ERROR(CheckPackedPositions(n, set));
   PackedBase told = DecodePackedBase(base);
   if (only_16_bits) {

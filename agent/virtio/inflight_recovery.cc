@@ -227,9 +227,14 @@ absl::Status BadChain(const PackedPartState& state, uint16_t head, uint16_t e) {
 }
 
 // Follows the chains of all heads, whose entries must be their own, and takes their descriptors.
-absl::Status TakeChains(PackedPartState* state) {
+absl::Status TakeChains(const MemoryView& memory, PackedPartState* state) {
   // Room for all entries that are not free; as no entry is taken twice, the chains cannot have more.
-  state->chains.resize(state->desc_num - state->free_entries);
+  const size_t in_use = state->desc_num - state->free_entries;
+  if (state->room.size() < in_use) state->chain_space.resize(in_use);
+  state->chains = (state->room.size() < in_use ? std::span(state->chain_space) : state->room).first(in_use);
+  // Whoever reads the chains looks at what they begin with next. That is in the cache of another processor,
+  // and comes while the rest is followed.
+  PieceCache<1> first_bytes(memory);
   const InflightPackedDesc* const desc = state->desc.data();
   const uint16_t n = state->desc_num;
   uint8_t* const taken = state->taken.data();
@@ -237,6 +242,7 @@ absl::Status TakeChains(PackedPartState* state) {
   for (const AgedHead& head : state->heads) {
     uint32_t e = head.entry, left = desc[e].num;
     if (left == 0 || left > n) return BadChain(*state, head.entry, head.entry);
+    if (const uint8_t* first = first_bytes.At(desc[e].addr)) __builtin_prefetch(first);
     for (;;) {
       if (e >= n || taken[e] == kTaken) return BadChain(*state, head.entry, static_cast<uint16_t>(e));
       const InflightPackedDesc& d = desc[e];
@@ -330,7 +336,7 @@ absl::Status AnalysePackedPart(std::span<const uint8_t> copy, const MemoryView& 
   state->desc_num = header.desc_num;
   if (header.desc_num == 0) {
     state->heads.clear();
-    state->chains.clear();
+    state->chains = {};
     return absl::OkStatus();
   }
   RETURN_IF_ERROR(SettleBatch(header, memory, ring, state));
@@ -339,7 +345,7 @@ absl::Status AnalysePackedPart(std::span<const uint8_t> copy, const MemoryView& 
   RETURN_IF_ERROR(FindHeads(
       state->desc, [&](size_t i) { return state->taken[i] == kTaken; }, &state->heads));
   RETURN_IF_ERROR(SortHeads(state));
-  RETURN_IF_ERROR(TakeChains(state));
+  RETURN_IF_ERROR(TakeChains(memory, state));
   if (state->chains.size() > ring.size) {
     return BadPart(
         fmt::format("{} descriptors are in flight in a ring of {}", state->chains.size(), ring.size));

@@ -67,11 +67,14 @@ struct PackedPartState {
   std::vector<uint16_t> repaired;
   // Head entries in flight, oldest first.
   std::vector<AgedHead> heads;
-  // Their chains' descriptors, in the same order.
-  std::vector<PackedDesc> chains;
+  // Their chains' descriptors, in the same order: in `room`, or, where that is too small, in chain_space.
+  std::span<PackedDesc> chains;
   // Entries on the free list.
   uint16_t free_entries = 0;
+  // Where the chains are wanted, if anywhere; as many as the part has entries always fit.
+  std::span<PackedDesc> room;
   // Space of the analysis.
+  std::vector<PackedDesc> chain_space;
   std::vector<AgedHead> sorting;
   std::vector<uint16_t> by_age;
   std::vector<uint8_t> taken;

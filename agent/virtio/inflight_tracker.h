@@ -289,7 +289,7 @@ absl::StatusOr<InflightSet> InflightTracker<Hook>::RecoverPacked(const MemoryVie
   in_flight_ = static_cast<uint16_t>(state.heads.size());
   if (in_flight_) counter_ = state.heads.back().counter + 1;
   InflightSet set;
-  FillSet(&state, ring_size_, &set);
+  FillSet(state, ring_size_, &set);
   return set;
 }
 

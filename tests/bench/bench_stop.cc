@@ -21,6 +21,7 @@
 #include <sstream>
 #include <thread>
 
+#include "agent/vhost/inflight_proto.h"
 #include "agent/vhost/mediator.h"
 #include "agent/vhost/quirks.h"
 #include "agent/vhost/socket.h"
@@ -289,10 +290,12 @@ Figures Once(const std::string& dir, bool packed) {
   auto geometry = Must(virtio::CheckInflightGeometry(format, d.mmap_size, d.mmap_offset, d.num_queues,
                                                      d.queue_size, d.mmap_size));
   std::vector<uint8_t> content(d.mmap_size);
+  std::vector<virtio::InflightSet> sets;
   for (uint32_t q = 0; q < kQueues; ++q) {
     virtio::InflightSet in_flight = Fill(memory, q, packed);
     auto part = Must(virtio::InflightPart(geometry, content, static_cast<uint16_t>(q)));
     Must(virtio::WriteInflight(part, d.queue_size, in_flight));
+    sets.push_back(in_flight);
     backend.base = packed ? virtio::EncodePackedBase({in_flight.avail, in_flight.used}) : in_flight.avail.idx;
   }
   if (::pwrite(backend.region_.get(), content.data(), content.size(), 0) !=
@@ -318,6 +321,11 @@ Figures Once(const std::string& dir, bool packed) {
   if (mediator->stop().handed_off() != kQueues * kInFlight) {
     std::fprintf(stderr, "bench_stop: %u requests handed off: %s\n", mediator->stop().handed_off(),
                  mediator->stop().why().c_str());
+    std::exit(1);
+  }
+  for (uint32_t q = 0; q < kQueues; ++q) {
+    if (Must(FromProto(state.vrings(static_cast<int>(q)))) == sets[q]) continue;
+    std::fprintf(stderr, "bench_stop: queue %u was collected with other requests than it has\n", q);
     std::exit(1);
   }
   mediator.reset();

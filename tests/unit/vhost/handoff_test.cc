@@ -330,6 +330,29 @@ TEST(InflightProto, WhatWasShippedComesBackOrIsRefused) {
   EXPECT_TRUE(refused([](auto* v) { v->set_packed(false); })) << "split rings ship no descriptors";
 }
 
+TEST(InflightProto, RoomChangesNothingOfWhatIsSaid) {
+  virtio::InflightSet set;
+  set.format = virtio::RingFormat::kPacked;
+  set.used = {6, true};
+  set.avail = {1, false};
+  set.requests = {{5, 2, 0, 1}, {9, 1, 2, 2}};
+  set.descs = {{0x1000, 16, 5, 1}, {0x2000, 512, 5, 0}, {0x3000, 1, 9, 2}};
+  v1::VringState plain, roomy, unused;
+  ToProto(set, &plain);
+  EXPECT_TRUE(RoomIn(&roomy).empty());
+  for (v1::VringState* v : {&roomy, &unused}) {
+    MakeRoom(/*packed=*/true, 8, v);
+    ASSERT_EQ(RoomIn(v).size(), 8u);
+  }
+  std::copy(set.descs.begin(), set.descs.end(), RoomIn(&roomy).begin());
+  virtio::InflightView in_place(set);
+  in_place.descs = RoomIn(&roomy).first(set.descs.size());
+  ToProto(in_place, &roomy);
+  EXPECT_EQ(roomy.SerializeAsString(), plain.SerializeAsString());
+  ToProto(set, &unused);
+  EXPECT_EQ(unused.SerializeAsString(), plain.SerializeAsString());
+}
+
 TEST(AnswerFor, TheMostSpecificRuleWins) {
   v1::MigrationParams params;
   EXPECT_EQ(AnswerFor(params, "disk0", v1::BLK), v1::DRAIN);

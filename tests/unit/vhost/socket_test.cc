@@ -124,6 +124,59 @@ TEST(Connection, TooManyDescriptorsAreClosedAndRefused) {
   EXPECT_EQ(OpenDescriptors(), before);
 }
 
+TEST(Connection, NextMessageIsWaitedForAndReadAtOnce) {
+  Pair pair;
+  // Nobody said for how long.
+  EXPECT_TRUE(absl::IsDeadlineExceeded(pair.near.ReceiveNext(Short()).status()));
+  pair.near.SetPatience(milliseconds(20));
+  EXPECT_TRUE(absl::IsDeadlineExceeded(pair.near.ReceiveNext(Short()).status()));
+  const uint8_t usual[20] = {11, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 3};
+  pair.Raw(usual, sizeof usual);
+  auto got = pair.near.ReceiveNext(Short());
+  ASSERT_TRUE(got.ok()) << got.status();
+  EXPECT_EQ(got->As<uint64_t>(), 3u);
+  // Long ones, and pieces of one.
+  uint8_t longer[52] = {9, 0, 0, 0, 1, 0, 0, 0, 40, 0, 0, 0};
+  longer[51] = 7;
+  pair.Raw(longer, 5);
+  pair.Raw(longer + 5, sizeof longer - 5);
+  pair.Raw(longer, sizeof longer);
+  for (int i = 0; i < 2; ++i) {
+    got = pair.near.ReceiveNext(Short());
+    ASSERT_TRUE(got.ok()) << got.status();
+    ASSERT_EQ(got->payload.size(), 40u);
+    EXPECT_EQ(got->payload[39], 7);
+  }
+  EXPECT_TRUE(absl::IsDeadlineExceeded(pair.near.ReceiveNext(Short()).status()));
+  pair.far.reset();
+  EXPECT_TRUE(absl::IsUnavailable(pair.near.ReceiveNext(Short()).status()));
+}
+
+TEST(Connection, WhatNextReadsAheadBelongsToTheMessageBehind) {
+  const uint8_t bare[12] = {34, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0};
+  const uint8_t kick[20] = {12, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0, 3};
+  for (const bool next : {false, true}) {
+    Pair pair;
+    pair.near.SetPatience(milliseconds(20));
+    pair.Raw(bare, sizeof bare);
+    pair.Raw(kick, sizeof kick, 1);
+    pair.Raw(kick, sizeof kick, 1);
+    auto got = pair.near.ReceiveNext(Short());
+    ASSERT_TRUE(got.ok()) << got.status();
+    EXPECT_EQ(got->header.request, 34u);
+    EXPECT_TRUE(got->payload.empty());
+    EXPECT_TRUE(got->fds.empty());
+    for (int i = 0; i < 2; ++i) {
+      got = next ? pair.near.ReceiveNext(Short()) : pair.near.Receive(false, Short());
+      ASSERT_TRUE(got.ok()) << got.status();
+      EXPECT_EQ(got->header.request, 12u);
+      EXPECT_EQ(got->As<uint64_t>(), 3u);
+      ASSERT_EQ(got->fds.size(), 1u);
+      EXPECT_TRUE(::fcntl(got->fds[0].get(), F_GETFD) & FD_CLOEXEC);
+    }
+  }
+}
+
 TEST(Connection, AbsurdSizeIsRefusedBeforeThePayloadIsRead) {
   Pair pair;
   Header header{5, kVersion, 0xfffffff0};
