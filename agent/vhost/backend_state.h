@@ -1,6 +1,6 @@
 // The internal state of a back-end (protocol feature DEVICE_STATE), out of one and into another, from the
-// front-end's view (device-reference 1.11 and 1.17; vhost-user.rst, "Migrating back-end state"). The state is
-// opaque, bound to the back-end's version, and does not hold the rings' positions.
+// front-end's view (vhost-user.rst, "Migrating back-end state"). The state is opaque, bound to the back-end's
+// version, and does not hold the rings' positions.
 #pragma once
 
 #include <string>

@@ -181,3 +181,8 @@ class Outside(threading.Thread):
     def longest_gap(self, begin, end):
         times = sorted(at for at, _ in list(self.answers.values()) if begin <= at <= end)
         return max((b - a for a, b in zip(times, times[1:])), default=0.0)
+
+    def longest_lag(self, begin, end):
+        """How long a request waited for its answer at most. On a busy machine the last answer before a gap is to a request
+        that was sent so long before."""
+        return max((at - self.sent[n] for n, (at, _) in list(self.answers.items()) if begin <= at <= end), default=0.0)
