@@ -22,7 +22,7 @@ class Handoff(SlowDisk, ClusterTest):
 
     def test_there_and_back_with_requests_in_flight(self):
         for to in reversed(self.ends()):
-            migration = self.move(to, options=HANDOFF)
+            migration = self.move_in_flight(to, HANDOFF)
             self.assert_handed_off(migration)
         self.latency(0)
         self.assert_clean()

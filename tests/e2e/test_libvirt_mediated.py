@@ -142,7 +142,7 @@ class Handoff(SlowDisk, BackendTest):
 
     def test_requests_in_flight_go_along_there_and_back(self):
         for to in reversed(self.ends()):
-            self.assert_handed_off(self.move(to, options=HANDOFF))
+            self.assert_handed_off(self.move_in_flight(to, HANDOFF))
         self.latency(0)
         self.assert_clean()
 
@@ -189,7 +189,7 @@ class HandoffNewer(SlowDisk, BackendTest):
 
     def test_requests_in_flight_go_along_there_and_back(self):
         for to in reversed(self.ends()):
-            self.assert_handed_off(self.move(to, options=HANDOFF))
+            self.assert_handed_off(self.move_in_flight(to, HANDOFF))
         self.latency(0)
         self.assert_clean()
 

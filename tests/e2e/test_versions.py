@@ -43,7 +43,7 @@ class BackportsHandoff(SlowDisk, Backports):
 
     def test_there_and_back(self):
         for host in ("b", "a"):
-            self.assert_handed_off(self.move(host, options=HANDOFF))
+            self.assert_handed_off(self.move_in_flight(host, HANDOFF))
         self.latency(0)
         self.assert_clean()
 

@@ -1,5 +1,7 @@
 """Requests in flight that move with the guest: a disk that takes longer for each than any blackout lasts."""
 
+from batonlab.lab import wait_until
+
 HANDOFF = ("--inflight", "handoff")
 
 
@@ -9,6 +11,7 @@ class SlowDisk:
 
     LAB_STORAGE = []
     LATENCY_US = 600000
+    NEVER_US = 60_000_000
     seen = None
 
     def setUp(self):
@@ -23,6 +26,17 @@ class SlowDisk:
     def latency(self, micros):
         for agent in self.cluster.agents.values():
             agent.storage.set(latency_us=micros)
+
+    def move_in_flight(self, to, options):
+        """Moves the guest with requests that are in flight for sure: none is completed where it is. (With LATENCY_US alone all
+        writers' requests end at about the same time, and a stop in that moment finds none.)"""
+        source, = set(self.ends()) - {to}
+        self.cluster.agents[source].storage.set(latency_us=self.NEVER_US)
+        self.seen = None
+        wait_until(self.writes_stand_still, "the guest's writes to be held", 60, pause=2 * self.LATENCY_US / 1e6)
+        migration = self.move(to, options=options)
+        self.latency(self.LATENCY_US)
+        return migration
 
     def writes_stand_still(self):
         """Nothing was written since it was asked last."""
