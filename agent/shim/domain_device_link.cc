@@ -19,8 +19,8 @@ using std::chrono::seconds;
 constexpr Duration kDrainBound = seconds(5);
 // For the destination to take the state of a device, in the blackout.
 constexpr Duration kTellTimeout = seconds(3);
-// Of the first words of a connection, and of each answer.
-constexpr Duration kGreeting = seconds(10);
+// Of an answer to the source.
+constexpr Duration kAnswerTime = seconds(10);
 // A migration may take long before a device stops; Stop() ends the wait.
 constexpr Duration kIdle = std::chrono::hours(24);
 
@@ -57,6 +57,8 @@ absl::StatusOr<v1::PeerWelcome> DomainDeviceSender::Greet(const stream::DialOpti
   hello.mutable_hello()->set_epoch(options_.epoch);
   RETURN_IF_ERROR(channel->Send(hello, deadline));
   ASSIGN_OR_RETURN(v1::PeerMessage answer, channel->Receive(deadline));
+  if (answer.has_verdict() && answer.verdict().reason() != v1::NONE)
+    return WithReason(absl::FailedPreconditionError(answer.verdict().message()), answer.verdict().reason());
   if (!answer.has_welcome() || answer.welcome().version() != stream::kProtocolVersion)
     return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kDataLoss,
                  "the destination answers something else");
@@ -160,9 +162,8 @@ struct DomainDeviceReceiver::Session {
   std::thread thread;
 };
 
-DomainDeviceReceiver::DomainDeviceReceiver(DomainDevices* devices, std::string migration_id,
-                                           std::string run_dir)
-    : devices_(devices), migration_id_(std::move(migration_id)), run_dir_(std::move(run_dir)) {}
+DomainDeviceReceiver::DomainDeviceReceiver(DomainDevices* devices, Options options)
+    : devices_(devices), options_(std::move(options)) {}
 
 DomainDeviceReceiver::~DomainDeviceReceiver() { Stop(); }
 
@@ -204,19 +205,22 @@ absl::Status DomainDeviceReceiver::Accept(UniqueFd socket, std::shared_ptr<const
 void DomainDeviceReceiver::Serve(const std::shared_ptr<Session>& session, UniqueFd socket,
                                  const std::shared_ptr<const stream::TlsContext>& tls) {
   auto serve = [&]() -> absl::Status {
-    ASSIGN_OR_RETURN(auto plain,
-                     stream::AcceptChannel(std::move(socket), tls, "", Deadline::After(kGreeting)));
+    const Deadline greeting = Deadline::After(options_.greeting);
+    ASSIGN_OR_RETURN(auto plain, stream::AcceptChannel(std::move(socket), tls, "", greeting));
     auto channel = std::make_shared<stream::MessageChannel>(std::move(plain));
     {
       std::lock_guard lock(session->mutex);
       if (session->stopped) return absl::OkStatus();
       session->channel = channel;
     }
-    for (Duration wait = kGreeting;; wait = kIdle) {
-      auto message = channel->Receive(Deadline::After(wait));
+    auto hello = channel->Receive(greeting);
+    if (!hello.ok()) return Annotate(hello.status(), "its hello");
+    RETURN_IF_ERROR(Greet(*channel, *hello));
+    for (;;) {
+      auto message = channel->Receive(Deadline::After(kIdle));
       if (absl::IsOutOfRange(message.status())) return absl::OkStatus();
       RETURN_IF_ERROR(message.status());
-      RETURN_IF_ERROR(Answer(*channel, *message));
+      RETURN_IF_ERROR(TakeStates(*channel, *message));
     }
   };
   absl::Status served = serve();
@@ -225,24 +229,50 @@ void DomainDeviceReceiver::Serve(const std::shared_ptr<Session>& session, Unique
   session->channel.reset();
   // The source's end takes the connection along.
   if (absl::IsUnavailable(served) || session->stopped) return;
-  if (!served.ok()) LOG_WARN("migration {}: the source's devices: {}", migration_id_, Message(served));
+  if (!served.ok())
+    LOG_WARN("migration {}: the source's devices: {}", options_.migration_id, Message(served));
 }
 
-absl::Status DomainDeviceReceiver::Answer(stream::MessageChannel& channel, const v1::PeerMessage& message) {
-  v1::PeerMessage out;
-  if (message.has_hello()) {
-    if (message.hello().migration_id() != migration_id_)
-      return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kInvalidArgument, "a hello of migration {}",
-                   message.hello().migration_id());
-    out.mutable_welcome()->set_version(stream::kProtocolVersion);
-    if (devices_) {
-      for (const vhost::Mediator* mediator : devices_->All()) {
-        if (mediator->TakesInflight()) out.mutable_welcome()->add_takes_inflight(mediator->name());
-        if (mediator->OrdersInflight()) out.mutable_welcome()->add_orders_inflight(mediator->name());
-      }
-    }
-    return channel.Send(out, Deadline::After(kGreeting));
+// The token has been compared before; it says which migration was meant, not what the source believes of it.
+absl::Status DomainDeviceReceiver::CheckHello(const v1::PeerMessage& message) const {
+  if (!message.has_hello())
+    return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kInvalidArgument,
+                 "the source's devices did not begin with a hello");
+  const v1::PeerHello& hello = message.hello();
+  if (hello.version() != stream::kProtocolVersion)
+    return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kFailedPrecondition,
+                 "the source speaks version {} of the stream, this side {}", hello.version(),
+                 stream::kProtocolVersion);
+  if (hello.migration_id() != options_.migration_id)
+    return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kInvalidArgument,
+                 "a hello of migration '{}'; this side was prepared for '{}'", hello.migration_id(),
+                 options_.migration_id);
+  if (hello.epoch() != options_.epoch)
+    return Error(v1::STATE_MISMATCH, absl::StatusCode::kFailedPrecondition,
+                 "the source has the domain at epoch {}; this side was prepared for epoch {}", hello.epoch(),
+                 options_.epoch);
+  return absl::OkStatus();
+}
+
+absl::Status DomainDeviceReceiver::Greet(stream::MessageChannel& channel, const v1::PeerMessage& message) {
+  if (absl::Status checked = CheckHello(message); !checked.ok()) {
+    // So that the source's side can say why as well; the connection ends either way.
+    (void)SendVerdict(channel, checked);
+    return checked;
   }
+  v1::PeerMessage out;
+  out.mutable_welcome()->set_version(stream::kProtocolVersion);
+  if (devices_) {
+    for (const vhost::Mediator* mediator : devices_->All()) {
+      if (mediator->TakesInflight()) out.mutable_welcome()->add_takes_inflight(mediator->name());
+      if (mediator->OrdersInflight()) out.mutable_welcome()->add_orders_inflight(mediator->name());
+    }
+  }
+  return channel.Send(out, Deadline::After(kAnswerTime));
+}
+
+absl::Status DomainDeviceReceiver::TakeStates(stream::MessageChannel& channel,
+                                              const v1::PeerMessage& message) {
   if (!message.has_devices())
     return Error(v1::PEER_PROTOCOL_ERROR, absl::StatusCode::kInvalidArgument, "expected states of devices");
   absl::Status taken;
@@ -256,12 +286,18 @@ absl::Status DomainDeviceReceiver::Answer(stream::MessageChannel& channel, const
     }
     if (!taken.ok()) break;
   }
-  PausePoint(run_dir_, "devices-taken");
-  out.mutable_verdict()->set_migration_id(migration_id_);
+  PausePoint(options_.run_dir, "devices-taken");
+  return SendVerdict(channel, taken);
+}
+
+absl::Status DomainDeviceReceiver::SendVerdict(stream::MessageChannel& channel, const absl::Status& status) {
+  v1::PeerMessage out;
+  out.mutable_verdict()->set_migration_id(options_.migration_id);
   out.mutable_verdict()->set_verdict(v1::IDLE);
-  out.mutable_verdict()->set_reason(taken.ok() ? v1::NONE : ReasonOf(taken, v1::DESTINATION_BACKEND_FAILED));
-  if (!taken.ok()) out.mutable_verdict()->set_message(Message(taken));
-  return channel.Send(out, Deadline::After(kGreeting));
+  out.mutable_verdict()->set_reason(status.ok() ? v1::NONE
+                                                : ReasonOf(status, v1::DESTINATION_BACKEND_FAILED));
+  if (!status.ok()) out.mutable_verdict()->set_message(Message(status));
+  return channel.Send(out, Deadline::After(kAnswerTime));
 }
 
 }  // namespace baton::shim

@@ -7,7 +7,8 @@
 //
 //   source                                           destination
 //   PeerHello                        ──────────────→
-//                                    ←──────────────  PeerWelcome (which devices take requests in flight)
+//                                    ←──────────────  PeerWelcome (which devices take requests in flight),
+//                                                     or Verdict: of another migration, epoch or version
 //   QEMU stops a device:
 //   DeviceStates (that one)          ──────────────→  ExpectState
 //   its last ring is answered        ←──────────────  Verdict (NONE, or why it cannot be)
@@ -17,6 +18,7 @@
 // then, by taking QEMU's connection away before QEMU is answered; the guest goes on at the source.
 #pragma once
 
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -50,7 +52,8 @@ class DomainDeviceSender {
   DomainDeviceSender& operator=(const DomainDeviceSender&) = delete;
 
   // Asks the destination what it can be given, and arms the devices' stop. A destination that cannot be asked
-  // leaves them armed to drain, and is an error.
+  // leaves them armed to drain, and is an error; with reason STATE_MISMATCH if it was prepared for the domain
+  // at another epoch.
   absl::Status Begin(const stream::DialOptions& dial, Deadline deadline);
   // How the devices have stopped.
   void FillProgress(v1::Progress* progress) const;
@@ -71,13 +74,20 @@ class DomainDeviceSender {
 // The destination's end. Thread-safe.
 class DomainDeviceReceiver {
  public:
+  struct Options {
+    std::string migration_id, run_dir;
+    uint64_t epoch = 0;  // of the source
+    // From the connection to the hello; a peer that says nothing keeps the source out for no longer.
+    Duration greeting = std::chrono::seconds(10);
+  };
   // `devices` may be null: the domain has no mediated ones.
-  DomainDeviceReceiver(DomainDevices* devices, std::string migration_id, std::string run_dir);
+  DomainDeviceReceiver(DomainDevices* devices, Options options);
   ~DomainDeviceReceiver();
   DomainDeviceReceiver(const DomainDeviceReceiver&) = delete;
   DomainDeviceReceiver& operator=(const DomainDeviceReceiver&) = delete;
 
-  // Serves a connection until it ends or Stop(); on a thread of its own, one at a time.
+  // Serves a connection until it ends or Stop(); on a thread of its own, one at a time. States are taken only
+  // after a hello of this migration, epoch and version.
   absl::Status Accept(UniqueFd socket, std::shared_ptr<const stream::TlsContext> tls);
   void Stop();
 
@@ -85,10 +95,13 @@ class DomainDeviceReceiver {
   struct Session;
   void Serve(const std::shared_ptr<Session>& session, UniqueFd socket,
              const std::shared_ptr<const stream::TlsContext>& tls);
-  absl::Status Answer(stream::MessageChannel& channel, const v1::PeerMessage& message);
+  absl::Status CheckHello(const v1::PeerMessage& message) const;
+  absl::Status Greet(stream::MessageChannel& channel, const v1::PeerMessage& message);
+  absl::Status TakeStates(stream::MessageChannel& channel, const v1::PeerMessage& message);
+  absl::Status SendVerdict(stream::MessageChannel& channel, const absl::Status& status);
 
   DomainDevices* const devices_;
-  const std::string migration_id_, run_dir_;
+  const Options options_;
   std::mutex mutex_;
   std::shared_ptr<Session> session_;  // guarded by mutex_
 };

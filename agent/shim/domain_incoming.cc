@@ -45,7 +45,7 @@ DomainIncoming::DomainIncoming(DomainIncomingParts parts)
       uuid_(p_.config.Get().domain_uuid()),
       epoch_(p_.config.Get().epoch()),
       reporter_(id_, p_.config.Get().domain_host().vm(), v1::ROLE_DESTINATION, epoch_, p_.on_report),
-      device_link_(p_.devices, id_, p_.config.Get().run_dir()) {
+      device_link_(p_.devices, {.migration_id = id_, .run_dir = p_.config.Get().run_dir(), .epoch = epoch_}) {
   thread_ = std::thread([this] { Run(); });
 }
 

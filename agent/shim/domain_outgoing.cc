@@ -284,8 +284,11 @@ void DomainOutgoing::ArmDevices(Deadline deadline) {
   options.params = command_.params();
   options.cut = [this](v1::Reason reason, const std::string& message) { CutVmm(reason, message); };
   device_link_ = std::make_unique<DomainDeviceSender>(*p_.devices, std::move(options));
-  if (absl::Status begun = device_link_->Begin(dial_, deadline); !begun.ok())
-    LOG_WARN("migration {}: {}", id(), Message(begun));
+  absl::Status begun = device_link_->Begin(dial_, deadline);
+  if (begun.ok()) return;
+  LOG_WARN("migration {}: {}", id(), Message(begun));
+  // One of the two is not of this move of the domain.
+  if (ReasonOf(begun) == v1::STATE_MISMATCH) EndEarly(v1::STATE_MISMATCH, Message(begun));
 }
 
 void DomainOutgoing::ReleaseDevices() {
