@@ -29,6 +29,8 @@ struct SourceFacts {
   bool persistent = false;
   // The job under way, in words ("a migration", "a snapshot"); empty: none.
   std::string job;
+  // It is being moved to this host: libvirt answers no questions about its disks, its memory and its QEMU.
+  bool incoming = false;
   // Targets of disks with a block job (copy, commit, backup …).
   std::vector<std::string> block_jobs;
   int snapshots = 0;

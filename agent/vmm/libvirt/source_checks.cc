@@ -8,6 +8,7 @@
 #include "agent/vmm/libvirt/checks.h"
 #include "agent/vmm/libvirt/domain_needs.h"
 #include "agent/vmm/libvirt/inventory.h"
+#include "agent/vmm/libvirt/job.h"
 #include "agent/vmm/libvirt/qemu_view.h"
 #include "common/finding.h"
 
@@ -77,6 +78,8 @@ absl::StatusOr<SourceFacts> AskLibvirt(virConnectPtr c, const std::string& uuid)
   const DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
   if (!domain) return LibvirtError(fmt::format("domain {}", uuid));
   SourceFacts facts;
+  // First: what stands still for a job must not be taken for what a job has left.
+  facts.incoming = AskMigrationJob(domain.get()) == MigrationJob::kIncoming;
   if (virDomainGetState(domain.get(), &facts.state, &facts.reason, 0) != 0) return LibvirtError("state");
   facts.persistent = virDomainIsPersistent(domain.get()) == 1;
   facts.xml = XmlOf(domain.get(), 0);
@@ -84,6 +87,8 @@ absl::StatusOr<SourceFacts> AskLibvirt(virConnectPtr c, const std::string& uuid)
   facts.migratable_xml =
       XmlOf(domain.get(), VIR_DOMAIN_XML_MIGRATABLE | VIR_DOMAIN_XML_SECURE | VIR_DOMAIN_XML_UPDATE_CPU);
   if (facts.xml.empty() || facts.migratable_xml.empty()) return LibvirtError("XML");
+  // Whatever else is asked would wait for that job's end.
+  if (facts.incoming) return facts;
   facts.job = JobOf(domain.get());
   facts.snapshots = std::max(0, virDomainSnapshotNum(domain.get(), 0));
   if (virDomainIsActive(domain.get()) == 1) {
@@ -114,7 +119,7 @@ absl::StatusOr<SourceFacts> GatherSourceFacts(LibvirtConnection& connection, con
       connection, fmt::format("reading domain {}", uuid),
       [uuid](virConnectPtr c) { return AskLibvirt(c, uuid); }, deadline);
   RETURN_IF_ERROR(facts.status());
-  if (facts->state == VIR_DOMAIN_SHUTOFF) return facts;
+  if (facts->state == VIR_DOMAIN_SHUTOFF || facts->incoming) return facts;
   // Apart: a monitor that hangs leaves the rest known.
   auto view = CallFor<QemuView>(
       connection, fmt::format("asking the QEMU of domain {}", uuid),
@@ -138,8 +143,13 @@ std::vector<v1::Finding> JudgeSource(const SourceFacts& facts, const DomainDescr
   const std::string subject = "domain " + domain.name;
   std::string words;
   const v1::Vm::State state = StateOf(facts.state, facts.reason, false, &words);
-  if (state == v1::Vm::PAUSED && facts.state == VIR_DOMAIN_PAUSED &&
-      facts.reason == VIR_DOMAIN_PAUSED_MIGRATION) {
+  if (facts.incoming) {
+    // Before its state: this copy stands still until its turn comes, and nobody is to resume or destroy it.
+    add(v1::BLOCKER, "VM_IN_MIGRATION", subject,
+        "libvirt is moving it to this host; until that has ended it is not here to be moved on",
+        "wait for the end of that migration, or cancel it at its source");
+  } else if (state == v1::Vm::PAUSED && facts.state == VIR_DOMAIN_PAUSED &&
+             facts.reason == VIR_DOMAIN_PAUSED_MIGRATION) {
     add(v1::BLOCKER, "MIGRATION_UNSETTLED", subject,
         "it stands still because of a migration that was not settled",
         "find out where the guest runs, then resume or destroy this copy");

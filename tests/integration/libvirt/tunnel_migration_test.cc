@@ -15,6 +15,7 @@
 #include <thread>
 
 #include "agent/stream/tunnel.h"
+#include "agent/vmm/libvirt/checks.h"
 #include "agent/vmm/libvirt/connection.h"
 #include "agent/vmm/libvirt/settlement.h"
 #include "tests/integration/libvirt/libvirt_host.h"
@@ -336,6 +337,37 @@ TEST_P(TunnelMigrationTest, TunnelThatEndsUnderAMigration_LeavesTheGuestAtItsSou
   const Settlement end = Observe(false);
   EXPECT_EQ(end.location, v1::SOURCE) << end.why << moved;
   EXPECT_EQ(end.action, SettlementAction::kNothing) << end.why;
+}
+
+// A domain while it is on its way.
+class IncomingDomainTest : public TunnelMigrationTest {};
+INSTANTIATE_TEST_SUITE_P(, IncomingDomainTest, testing::Values(false),
+                         [](const auto&) { return std::string("Plain"); });
+
+TEST_P(IncomingDomainTest, IsNoSourceYet) {
+  ASSERT_NO_FATAL_FAILURE(StartTunnel());
+  ASSERT_NO_FATAL_FAILURE(Create());
+  absl::StatusOr<SourceFacts> facts = absl::UnavailableError("nothing came");
+  std::thread asks([&] {
+    // At 1 MiB/s the firmware alone takes far longer than the questions.
+    const Deadline deadline = Deadline::After(kMove);
+    while (entrance_->counts(TunnelService::kVmm).to_peer == 0 && !deadline.Expired())
+      std::this_thread::yield();
+    facts = GatherSourceFacts(b_->libvirt(), kUuid, Deadline::After(kSoon));
+    exit_->Stop();
+  });
+  absl::Status moved = Migrate(0, 0, 1);
+  asks.join();
+  EXPECT_FALSE(moved.ok()) << "it was over before it was asked about";
+  ASSERT_TRUE(facts.ok()) << facts.status();
+  EXPECT_TRUE(facts->incoming);
+  EXPECT_EQ(facts->job, "") << "libvirt gives no figures of it";
+  auto domain = ParseDomain(facts->xml);
+  ASSERT_TRUE(domain.ok()) << domain.status();
+  const auto findings = JudgeSource(*facts, *domain, v1::MigrationParams());
+  ASSERT_FALSE(findings.empty());
+  EXPECT_EQ(findings[0].code(), "VM_IN_MIGRATION") << findings[0].message();
+  EXPECT_TRUE(b_->AwaitGone());
 }
 
 }  // namespace

@@ -315,6 +315,17 @@ TEST_F(SourceTest, StatesThatCanBeMovedAndNot) {
   }
 }
 
+// Its copy here stands still like one that was left behind, and must be neither resumed nor destroyed.
+TEST_F(SourceTest, DomainThatIsComingIsNoSource) {
+  facts_.incoming = true;
+  facts_.state = VIR_DOMAIN_PAUSED;
+  facts_.reason = VIR_DOMAIN_PAUSED_MIGRATION;
+  EXPECT_THAT(Blockers(), ElementsAre("VM_IN_MIGRATION"));
+  facts_.state = VIR_DOMAIN_RUNNING;
+  facts_.reason = VIR_DOMAIN_RUNNING_POSTCOPY;
+  EXPECT_THAT(Blockers(), ElementsAre("VM_IN_MIGRATION"));
+}
+
 TEST_F(SourceTest, WhatIsUnderWay) {
   facts_.job = "a backup";
   facts_.block_jobs = {"vda"};
