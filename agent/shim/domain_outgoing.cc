@@ -328,6 +328,7 @@ absl::Status DomainOutgoing::BeginCall(bool recover) {
   if (recover) call.flags |= VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_POSTCOPY_RESUME;
   // Before the start, so that a guest that writes nothing is not gone before its limit is known.
   if (!recover) {
+    NoteLimit();
     const Duration whole = convergence_.max_downtime();
     LimitDowntime(forgets_ ? whole : std::min(whole, std::max(kFirstLimit, whole / kFirstPart)));
   }
@@ -369,9 +370,6 @@ void DomainOutgoing::Follow() {
                call_status_.ok() ? "done" : Message(call_status_));
       // One that was cut relays nothing more; it is opened again to look at the destination.
       if (cut_) CloseTunnel();
-      // QEMU keeps it for whoever migrates the domain next.
-      if (!call_status_.ok() && limit_told_ < convergence_.max_downtime())
-        LimitDowntime(convergence_.max_downtime());
       return;
     }
     if (iteration_begun_ > 0 && Clock::now() >= iteration_due_)

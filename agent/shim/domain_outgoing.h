@@ -79,6 +79,10 @@ class DomainOutgoing {
   absl::Status BeginCall(bool recover);
   // Tells QEMU the blackout that it may aim at.
   void LimitDowntime(Duration limit);
+  // Writes down which limit QEMU had before, for this shim or a later one.
+  void NoteLimit();
+  // Gives QEMU that limit back if the domain stays here.
+  void RestoreLimit(bool stays);
   // Until the call has returned, or the end of the object.
   void Follow();
   void OnDomainEvent(const vmm::DomainEvent& event);

@@ -3,6 +3,7 @@
 #include <libvirt/libvirt.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 
 #include "agent/shim/domain_outgoing.h"
@@ -27,6 +28,8 @@ constexpr Duration kSettleAct = seconds(30);
 constexpr Duration kSettleWait = milliseconds(20);
 constexpr Duration kSettleWaitMax = seconds(5);
 
+std::string LimitFile(ConfigStore& config) { return config.Get().state_dir() + "/downtime-before"; }
+
 std::string SuspendedFile(ConfigStore& config) { return config.Get().state_dir() + "/suspended"; }
 
 }  // namespace
@@ -34,6 +37,32 @@ std::string SuspendedFile(ConfigStore& config) { return config.Get().state_dir()
 bool DomainOutgoing::SuspendedHere() const {
   auto text = ReadFileLimited(SuspendedFile(p_.config), 1024);
   return text.ok() && *text == id();
+}
+
+// One that could not be given back yet is still the one from before.
+void DomainOutgoing::NoteLimit() {
+  if (ReadFileLimited(LimitFile(p_.config), 64).ok()) return;
+  const Duration before =
+      mover_.MaxDowntime(Deadline::After(kSettleLook)).value_or(convergence_.max_downtime());
+  const auto ms = std::chrono::duration_cast<milliseconds>(before).count();
+  if (absl::Status written = WriteFileDurable(LimitFile(p_.config), std::to_string(ms)); !written.ok())
+    LOG_WARN("migration {}: {}", id(), Message(written));
+}
+
+void DomainOutgoing::RestoreLimit(bool stays) {
+  auto text = ReadFileLimited(LimitFile(p_.config), 64);
+  if (!text.ok()) return;
+  int64_t ms = 0;
+  const auto parsed = std::from_chars(text->data(), text->data() + text->size(), ms);
+  if (stays && parsed.ec == std::errc() && ms > 0) {
+    absl::Status set = mover_.SetMaxDowntime(milliseconds(ms), Deadline::After(kSettleLook));
+    if (!set.ok()) {
+      LOG_WARN("migration {}: {}", id(), Message(set));
+      return;
+    }
+  }
+  if (absl::Status removed = RemoveFileDurable(LimitFile(p_.config)); !removed.ok())
+    LOG_WARN("migration {}: {}", id(), Message(removed));
 }
 
 void DomainOutgoing::Settle() {
@@ -277,6 +306,7 @@ bool DomainOutgoing::EndHere(bool running, const std::string& why) {
     return false;
   }
   const Wish cause = Cause();
+  RestoreLimit(/*stays=*/true);
   ReleaseDevices();
   LOG_WARN("migration {}: {}; the guest {} here ({})", id(), cause.message,
            running ? "goes on" : "stands still", why);
@@ -307,6 +337,7 @@ bool DomainOutgoing::EndAway(const std::string& why) {
   }
   PausePoint(p_.config.Get().run_dir(), "source-released");
   ReleaseDevices();
+  RestoreLimit(/*stays=*/false);
   UndefineLeftover();
   AddDowntime();
   LOG_INFO("migration {}: moved away ({})", id(), why);
@@ -368,6 +399,7 @@ void DomainOutgoing::AddDowntime() {
 
 void DomainOutgoing::LoseGuest(const std::string& why) {
   LOG_ERROR("migration {}: the guest is lost: {}", id(), why);
+  RestoreLimit(/*stays=*/false);
   ReleaseDevices();
   CloseTunnel();
   reporter_.EnterPhase(v1::FAILED);

@@ -182,6 +182,23 @@ class Moves(LibvirtTest):
         self.assertLess(time.monotonic() - start, 10)
         self.assert_runs_only(self.destination)
 
+    def test_a_source_shim_that_dies_leaves_qemu_the_limit_it_had(self):
+        """What Baton tells QEMU for one migration is not what the next one of another user gets."""
+        self.have_guest()
+        libvirt = self.cluster.hosts[self.host()]
+
+        def limit():
+            return libvirt.virsh("migrate-getmaxdowntime", VM).stdout.strip()
+        before = limit()
+        name = self.begin("precopy", options=("--max-downtime", "40ms"))
+        self.assertNotEqual(limit(), before)
+        (shim,) = self.processes("baton-shim", self.source)
+        shim.end()
+        ended = self.cluster.wait_ended(name, 90)
+        self.assertEqual((ended["phase"], ended["guest_location"]), ("FAILED", "SOURCE"), summary(ended))
+        self.assertEqual(limit(), before)
+        self.assert_runs_only(self.source)
+
     def check_restart(self, restart):
         """The migration goes on, and is still obeyed afterwards."""
         self.have_guest()

@@ -11,6 +11,9 @@ constexpr uint64_t kMiB = 1 << 20;
 // virDomainMigrateSetMaxSpeed takes MiB a second and refuses what does not fit into QEMU's bytes.
 constexpr uint64_t kUnlimited = INT64_MAX / kMiB;
 
+// QEMU's own bound, 2000 s.
+constexpr unsigned long long kMaxDowntimeMs = 2'000'000;
+
 uint64_t InMiB(uint64_t bytes) {
   return bytes == 0 ? kUnlimited : std::clamp<uint64_t>((bytes + kMiB - 1) / kMiB, 1, kUnlimited);
 }
@@ -165,6 +168,19 @@ absl::Status DomainMover::SetMaxDowntime(Duration downtime, Deadline deadline) {
         return virDomainMigrateSetMaxDowntime(domain, static_cast<unsigned long long>(ms), 0) == 0
                    ? absl::OkStatus()
                    : LibvirtError("setting the downtime");
+      },
+      deadline);
+}
+
+absl::StatusOr<Duration> DomainMover::MaxDowntime(Deadline deadline) {
+  return CallFor<Duration>(
+      connection_, "asking for the downtime",
+      [uuid = uuid_](virConnectPtr c) -> absl::StatusOr<Duration> {
+        ASSIGN_OR_RETURN(const DomainPtr domain, ByUuid(c, uuid));
+        unsigned long long ms = 0;
+        if (virDomainMigrateGetMaxDowntime(domain.get(), &ms, 0) != 0)
+          return LibvirtError("asking for the downtime");
+        return std::chrono::milliseconds(std::min<unsigned long long>(ms, kMaxDowntimeMs));
       },
       deadline);
 }

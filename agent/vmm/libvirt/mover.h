@@ -57,6 +57,8 @@ class DomainMover {
   // Bytes a second; 0 is unlimited. QEMU has a limit for pre-copy, and one for what follows it.
   absl::Status SetBandwidth(uint64_t bytes, bool postcopy, Deadline deadline);
   absl::Status SetMaxDowntime(Duration downtime, Deadline deadline);
+  // What QEMU has now, which stays whoever migrates the domain next.
+  absl::StatusOr<Duration> MaxDowntime(Deadline deadline);
   absl::Status StartPostCopy(Deadline deadline);
   absl::StatusOr<JobFigures> Job(bool completed, Deadline deadline);
 
