@@ -101,6 +101,8 @@ absl::StatusOr<v1::Inspection> DomainManager::Inspect(const v1::InspectVmCommand
   ASSIGN_OR_RETURN(vmm::LibvirtConnection * libvirt, Connection());
   ASSIGN_OR_RETURN(v1::Vm vm, Find(command.vm()));
   const std::string uuid = vm.domain().uuid();
+  // It would be asked the same at the same time, and libvirt asks one thing after the other.
+  if (vmm::LibvirtInventory* inventory = inventory_) inventory->LookLater(uuid);
   auto facts = vmm::GatherSourceFacts(*libvirt, uuid, deadline);
   if (!facts.ok())
     return WithReason(facts.status(),

@@ -5,7 +5,9 @@
 #include <sys/inotify.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <utility>
 
@@ -52,6 +54,9 @@ absl::Status VmEntry::Connect(const Callbacks& callbacks, Deadline deadline) {
     }
     on_close();
   };
+  // Bound but not listening yet: listening makes no inotify event, and follows at once.
+  const Duration soon = std::chrono::milliseconds(1), seldom = std::chrono::milliseconds(50);
+  Duration pause = soon;
   while (true) {
     auto client = shim::ControlClient::Connect(paths_.control, handlers, deadline);
     if (client.ok()) {
@@ -69,9 +74,9 @@ absl::Status VmEntry::Connect(const Callbacks& callbacks, Deadline deadline) {
       }
       return fresh->Subscribe(deadline);
     }
-    // Not there, or bound but not listening yet (listening makes no inotify event, hence the short bound).
     pollfd polls[2] = {{watch.get(), POLLIN, 0}, {process->get(), POLLIN, 0}};
-    Deadline next = deadline.Min(Deadline::After(std::chrono::milliseconds(50)));
+    Deadline next = deadline.Min(Deadline::After(pause));
+    pause = std::min(2 * pause, seldom);
     int n = ::poll(polls, 2, next.PollTimeoutMs());
     if (n < 0 && errno != EINTR) return ErrnoError(errno, "poll");
     if (n > 0 && polls[1].revents != 0) return Error(absl::StatusCode::kUnavailable, "the shim has ended");
@@ -79,8 +84,7 @@ absl::Status VmEntry::Connect(const Callbacks& callbacks, Deadline deadline) {
       return Error(absl::StatusCode::kDeadlineExceeded, "the shim's control socket does not answer: {}",
                    Message(client.status()));
     char events[4096];
-    while (::read(watch.get(), events, sizeof(events)) > 0) {
-    }
+    while (::read(watch.get(), events, sizeof(events)) > 0) pause = soon;
   }
 }
 

@@ -234,6 +234,11 @@ class LibvirtInventory::Impl {
     return first_done_;
   }
 
+  void LookLater(const std::string& uuid) {
+    std::lock_guard lock(mutex_);
+    if (domains_.count(uuid) > 0) touched_[uuid] = Clock::now();
+  }
+
   LibvirtConnection& connection() { return *connection_; }
 
  private:
@@ -519,6 +524,7 @@ std::vector<v1::Vm> LibvirtInventory::Vms() const { return impl_->Vms(); }
 absl::StatusOr<v1::Vm> LibvirtInventory::Find(const std::string& id) const { return impl_->Find(id); }
 bool LibvirtInventory::WaitForFirst(Deadline deadline) const { return impl_->WaitForFirst(deadline); }
 bool LibvirtInventory::read() const { return impl_->read(); }
+void LibvirtInventory::LookLater(const std::string& uuid) { impl_->LookLater(uuid); }
 LibvirtConnection& LibvirtInventory::connection() { return impl_->connection(); }
 
 }  // namespace baton::vmm

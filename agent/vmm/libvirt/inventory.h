@@ -55,6 +55,8 @@ class LibvirtInventory {
   // that the daemon is not there.
   bool WaitForFirst(Deadline deadline) const;
   bool read() const;
+  // A migration of the domain is about to begin: QEMU's own view, were it due just now, waits a while.
+  void LookLater(const std::string& uuid);
   LibvirtConnection& connection();
 
  private:

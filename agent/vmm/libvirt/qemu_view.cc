@@ -111,12 +111,17 @@ absl::StatusOr<VirtioView> ReadVirtioStatus(const std::string& text) {
   return view;
 }
 
-absl::StatusOr<QemuView> AskQemu(virDomainPtr domain) {
+absl::StatusOr<QemuView> AskQemuForMigration(virDomainPtr domain) {
   QemuView view;
   ASSIGN_OR_RETURN(const std::string version, AskMonitor(domain, Command("query-version")));
   ASSIGN_OR_RETURN(view.version, ReadQemuVersion(version));
   ASSIGN_OR_RETURN(const std::string migrate, AskMonitor(domain, Command("query-migrate")));
   ASSIGN_OR_RETURN(view.blockers, ReadBlockers(migrate));
+  return view;
+}
+
+absl::StatusOr<QemuView> AskQemu(virDomainPtr domain) {
+  ASSIGN_OR_RETURN(QemuView view, AskQemuForMigration(domain));
   auto list = AskMonitor(domain, Command("x-query-virtio"));
   if (absl::IsUnimplemented(list.status())) return view;  // QEMU before 7.2
   RETURN_IF_ERROR(list.status());

@@ -35,6 +35,10 @@ struct QemuView {
 // by way of LibvirtConnection::Call.
 absl::StatusOr<std::string> AskMonitor(virDomainPtr domain, const std::string& command);
 
+// Asks what a migration depends on: version and blockers. libvirt writes its state of the domain to disk for
+// every question, so each takes a while.
+absl::StatusOr<QemuView> AskQemuForMigration(virDomainPtr domain);
+
 // Asks everything. What a QEMU does not know (it is older) is left out; only a monitor that cannot be asked
 // is an error.
 absl::StatusOr<QemuView> AskQemu(virDomainPtr domain);

@@ -101,7 +101,7 @@ absl::StatusOr<SourceFacts> AskLibvirt(virConnectPtr c, const std::string& uuid)
 absl::StatusOr<QemuView> AskView(virConnectPtr c, const std::string& uuid) {
   const DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
   if (!domain) return LibvirtError(fmt::format("domain {}", uuid));
-  return AskQemu(domain.get());
+  return AskQemuForMigration(domain.get());
 }
 
 // Those that libvirt or QEMU moves all the same, or of which only QEMU can tell.
