@@ -339,9 +339,10 @@ bool DomainIncoming::Step() {
     case Condition::kAbsent:
     case Condition::kShutOff:
     case Condition::kShutOffMigrated:
+    case Condition::kShutOffFailed:
     case Condition::kCrashed:
       if (owner_since_) return Owned(view);
-      if (!seen_ && !aborting) return false;
+      if (!seen_ && !aborting && !GivenUpUnseen(view)) return false;
       // libvirt's error has yet to reach the source, and the source's shim to look here.
       if (!gone_since_) gone_since_ = Clock::now();
       if (!aborting && Connections() > 0 && Clock::now() - *gone_since_ < kLinger) return false;
@@ -370,6 +371,13 @@ bool DomainIncoming::Step() {
   return false;
 }
 
+// The domain came to this host and libvirt gave it up while no shim was there: a definition that was not here
+// before the migration, of a domain that failed to get as far as running. Nothing brings it again: libvirt's
+// call at the source was made once, and ends with the connections of the shim before this one.
+bool DomainIncoming::GivenUpUnseen(const vmm::SideView& view) const {
+  return recovered_ && view.condition == vmm::DomainCondition::kShutOffFailed && !view.job && AbsentBefore();
+}
+
 // Nothing of the domain is here. It may still come as long as somebody can bring it.
 bool DomainIncoming::Absent() {
   CloseExit();
@@ -377,11 +385,13 @@ bool DomainIncoming::Absent() {
       LookAtDomain(p_.local, uuid_, vmm::MigrationRole::kDestination, Deadline::After(kIncomingLook));
   using Condition = vmm::DomainCondition;
   if (again.condition != Condition::kAbsent && again.condition != Condition::kShutOff &&
-      again.condition != Condition::kShutOffMigrated && again.condition != Condition::kCrashed) {
+      again.condition != Condition::kShutOffMigrated && again.condition != Condition::kShutOffFailed &&
+      again.condition != Condition::kCrashed) {
     OpenExit();
     return false;
   }
-  return Refused(seen_ ? "libvirt has ended the domain here" : "it was given up before anything came");
+  const bool came = seen_ || GivenUpUnseen(again);
+  return Refused(came ? "libvirt has ended the domain here" : "it was given up before anything came");
 }
 
 bool DomainIncoming::Owned(const vmm::SideView& view) {
@@ -390,7 +400,7 @@ bool DomainIncoming::Owned(const vmm::SideView& view) {
                        view.condition == Condition::kRunningPostcopy ||
                        view.condition == Condition::kRunningPostcopyFailed;
   const bool gone = view.condition == Condition::kAbsent || view.condition == Condition::kShutOff ||
-                    view.condition == Condition::kCrashed;
+                    view.condition == Condition::kShutOffFailed || view.condition == Condition::kCrashed;
   if (!owner_since_) {
     absl::Status written = p_.journal.TakeOver(id_, epoch_);
     if (!written.ok()) {

@@ -77,6 +77,7 @@ class DomainIncoming {
   bool SourceMayReturn();
   // One look; true once the migration has ended for this side.
   bool Step();
+  bool GivenUpUnseen(const vmm::SideView& view) const;
   bool Absent();
   bool Owned(const vmm::SideView& view);
   bool Refused(const std::string& why);

@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "agent/stream/preamble.h"
+#include "agent/vmm/libvirt/qemu_view.h"
 #include "common/durable_file.h"
 #include "common/log.h"
 #include "common/pause_point.h"
@@ -37,10 +38,6 @@ constexpr Duration kIterationGrace = milliseconds(20);
 // the policy has seen that further iterations gain nothing.
 constexpr int kFirstPart = 10;
 constexpr Duration kFirstLimit = milliseconds(10);
-// As libvirt counts versions: QEMU before 9.0 loses some of what a busy guest under TCG writes while it
-// copies. What it has not begun to copy when the guest stops it cannot lose, so there the first stop is the
-// best.
-constexpr unsigned long kRemembers = 9000000;
 
 bool PostCopyOnStall(const v1::MigrationParams& params) {
   return params.on_stall() == v1::ON_STALL_POSTCOPY && params.post_copy();
@@ -161,6 +158,9 @@ absl::Status DomainOutgoing::Prepare() {
   ASSIGN_OR_RETURN(bool running, ReadSource(deadline));
   if (!running)
     return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition, "the domain does not run");
+  forgets_ = ReadForgets();
+  absent_before_ = LookAtDomain(*remote_, uuid_, vmm::MigrationRole::kDestination, deadline).condition ==
+                   vmm::DomainCondition::kAbsent;
   ArmDevices(deadline);
   return absl::OkStatus();
 }
@@ -168,7 +168,7 @@ absl::Status DomainOutgoing::Prepare() {
 // What the call depends on here; whether the domain runs.
 absl::StatusOr<bool> DomainOutgoing::ReadSource(Deadline deadline) {
   struct Here {
-    bool persistent = false, running = false, forgets = false;
+    bool persistent = false, running = false;
     std::string xml;
   };
   auto here = vmm::CallFor<Here>(
@@ -185,18 +185,33 @@ absl::StatusOr<bool> DomainOutgoing::ReadSource(Deadline deadline) {
             virDomainGetXMLDesc(domain.get(), VIR_DOMAIN_XML_MIGRATABLE | VIR_DOMAIN_XML_SECURE), &std::free);
         if (!xml) return vmm::LibvirtError("XML");
         out.xml = xml.get();
-        unsigned long version = 0;
-        const bool emulated = out.xml.substr(0, out.xml.find('>')).find("'qemu'") != std::string::npos;
-        out.forgets = emulated && virConnectGetVersion(c, &version) == 0 && version < kRemembers;
         return out;
       },
       deadline);
   if (!here.ok()) return WithReason(here.status(), v1::VM_NOT_MIGRATABLE);
   source_.persistent = here->persistent;
-  forgets_ = here->forgets;
   source_.xml = std::move(here->xml);
   source_.disks_shared = p_.config.Get().domain_host().disks_shared();
   return here->running;
+}
+
+// A QEMU that loses some of what its guest writes while it copies cannot lose what it has not begun to copy
+// when the guest stops: there the first stop is the best. One that does not answer is taken for one of those.
+bool DomainOutgoing::ReadForgets() {
+  auto forgets = vmm::CallFor<bool>(
+      p_.local, "asking for QEMU's version",
+      [uuid = uuid_, xml = source_.xml](virConnectPtr c) -> absl::StatusOr<bool> {
+        vmm::DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
+        if (!domain) return vmm::LibvirtError("domain");
+        return vmm::AskForgetsWrites(domain.get(), xml);
+      },
+      Deadline::After(kCallTimeout));
+  const bool result = forgets.ok()
+                          ? *forgets
+                          : vmm::ForgetsWrites(source_.xml, absl::StatusOr<std::string>(forgets.status()));
+  if (result)
+    LOG_INFO("migration {}: its QEMU may lose what is written while it copies, and stops early", id());
+  return result;
 }
 
 absl::Status DomainOutgoing::OpenTunnel() {

@@ -75,6 +75,7 @@ class DomainOutgoing {
   absl::Status OpenTunnel();
   void SetEntrance(std::shared_ptr<stream::TunnelEntrance> entrance);
   absl::StatusOr<bool> ReadSource(Deadline deadline);
+  bool ReadForgets();
   absl::Status AwaitRemote(Deadline deadline);
   absl::Status BeginCall(bool recover);
   // Tells QEMU the blackout that it may aim at.
@@ -142,8 +143,9 @@ class DomainOutgoing {
   // Told of by libvirt and to be looked at when due; 0: none.
   uint64_t iteration_begun_ = 0;
   Clock::time_point iteration_due_{};
-  Duration limit_told_{};  // of the blackout, to QEMU
-  bool forgets_ = false;   // QEMU, some of what the guest writes
+  Duration limit_told_{};       // of the blackout, to QEMU
+  bool forgets_ = false;        // QEMU, some of what the guest writes
+  bool absent_before_ = false;  // the destination's libvirt did not know the domain before the call
   bool call_active_ = false;
   bool suspended_ = false;   // by the migration: its state may have left
   bool was_paused_ = false;  // by its user, before libvirt's job began

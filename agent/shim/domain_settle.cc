@@ -130,7 +130,10 @@ vmm::SettlementInput DomainOutgoing::Look() {
     std::lock_guard lock(mutex_);
     in.handed_over = suspended_ || yielded_ || ((resume_ || missed_events_) && !never_stopped);
   }
-  bool watched = watched_->load();
+  // libvirt writes a persistent domain's definition down before it lets it run, and keeps it when it ends.
+  const bool never_ran = absent_before_ && source_.persistent && !in.destination.job &&
+                         in.destination.condition == Condition::kAbsent;
+  bool watched = watched_->load() || never_ran;
   if (in.handed_over && !call_active_ && verdict == v1::HANDOVER_STATE_UNSPECIFIED &&
       (!watched || in.destination.condition == Condition::kUnreachable)) {
     // Its shim has watched its libvirt when this one could not.

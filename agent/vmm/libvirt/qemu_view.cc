@@ -16,6 +16,8 @@ using nlohmann::json;
 
 constexpr size_t kMaxDevices = 4096;
 constexpr size_t kMaxReasons = 64;
+// The first that loses nothing of what a guest under TCG writes while it is copied.
+constexpr int kRemembers = 9;
 
 absl::StatusOr<json> Parse(const std::string& text, const char* what, json::value_t type) {
   json value = json::parse(text, nullptr, /*allow_exceptions=*/false);
@@ -63,6 +65,22 @@ absl::StatusOr<std::string> ReadQemuVersion(const std::string& text) {
   if (qemu == answer.end() || !qemu->is_object())
     return absl::InvalidArgumentError("QEMU's answer to query-version names no version");
   return fmt::format("QEMU {}.{}.{}", Part(*qemu, "major"), Part(*qemu, "minor"), Part(*qemu, "micro"));
+}
+
+bool ForgetsWrites(const std::string& xml, const absl::StatusOr<std::string>& version) {
+  // <domain type='qemu' …>: libvirt writes the attribute first, and always in these quotes.
+  const bool emulated = xml.substr(0, xml.find('>')).find("'qemu'") != std::string::npos;
+  if (!emulated) return false;
+  if (!version.ok()) return true;
+  auto answer = Parse(*version, "query-version", json::value_t::object);
+  if (!answer.ok()) return true;
+  auto qemu = answer->find("qemu");
+  return qemu == answer->end() || !qemu->is_object() || Part(*qemu, "major") < kRemembers;
+}
+
+bool AskForgetsWrites(virDomainPtr domain, const std::string& xml) {
+  if (!ForgetsWrites(xml, absl::UnavailableError("not asked"))) return false;
+  return ForgetsWrites(xml, AskMonitor(domain, Command("query-version")));
 }
 
 absl::StatusOr<std::vector<std::string>> ReadBlockers(const std::string& text) {

@@ -38,6 +38,13 @@ absl::StatusOr<std::string> AskMonitor(virDomainPtr domain, const std::string& c
 // Asks what a migration depends on: version and blockers. libvirt writes its state of the domain to disk for
 // every question, so each takes a while.
 absl::StatusOr<QemuView> AskQemuForMigration(virDomainPtr domain);
+// Whether a domain's QEMU may lose some of what its guest writes while it is copied: one without KVM (`type`
+// of the domain's XML is "qemu") before QEMU 9.0. `version`: what it answered to query-version; without a
+// usable answer it is taken for one of those, which costs rounds and no memory. Pure.
+bool ForgetsWrites(const std::string& xml, const absl::StatusOr<std::string>& version);
+// The same, asked of the QEMU that runs the domain: hosts may have several, and libvirt's version is that of
+// its default one.
+bool AskForgetsWrites(virDomainPtr domain, const std::string& xml);
 
 // Asks everything. What a QEMU does not know (it is older) is left out; only a monitor that cannot be asked
 // is an error.

@@ -39,6 +39,7 @@ SourceCopy SourceOf(const SettlementInput& in) {
     case Condition::kAbsent:
     case Condition::kShutOff:
     case Condition::kShutOffMigrated:
+    case Condition::kShutOffFailed:
       return SourceCopy::kNone;
     case Condition::kRunning:
     case Condition::kRunningPostcopy:
@@ -66,6 +67,7 @@ DestinationCopy DestinationOf(const SettlementInput& in) {
     case Condition::kAbsent:
     case Condition::kShutOff:
     case Condition::kShutOffMigrated:
+    case Condition::kShutOffFailed:
       return DestinationCopy::kNone;
     case Condition::kRunning:
       return DestinationCopy::kRuns;
@@ -253,7 +255,7 @@ Settlement DestinationEmpty(SourceCopy s, const SettlementInput& in, bool fenced
       return Make(Action::kNothing, v1::PAUSED_SOURCE,
                   "the source holds the guest, which stood still by itself; the destination has no copy");
     case SourceCopy::kStopped:
-      if (!in.destination_watched && !fenced)
+      if (!in.destination_watched && !fenced && in.destination.condition != Condition::kShutOffFailed)
         return Make(Action::kOperator, v1::UNKNOWN,
                     "the destination has no copy; one may have run and ended while nobody watched");
       return Make(Action::kResumeSource, v1::PAUSED_SOURCE,
@@ -365,6 +367,8 @@ const char* NameOf(DomainCondition condition) {
       return "shut off";
     case Condition::kShutOffMigrated:
       return "shut off, migrated";
+    case Condition::kShutOffFailed:
+      return "shut off, failed to arrive";
     case Condition::kRunning:
       return "running";
     case Condition::kRunningPostcopy:
@@ -442,6 +446,8 @@ DomainCondition ConditionOf(int state, int reason, MigrationRole role) {
     case VIR_DOMAIN_PMSUSPENDED:
       return Condition::kPaused;
     case VIR_DOMAIN_SHUTOFF:
+      if (reason == VIR_DOMAIN_SHUTOFF_FAILED && role == MigrationRole::kDestination)
+        return Condition::kShutOffFailed;
       return reason == VIR_DOMAIN_SHUTOFF_MIGRATED ? Condition::kShutOffMigrated : Condition::kShutOff;
     case VIR_DOMAIN_CRASHED:
       return Condition::kCrashed;

@@ -25,10 +25,14 @@ enum class MigrationRole { kSource, kDestination };
 
 // A domain of one side, as libvirt's state and reason tell it.
 enum class DomainCondition {
-  kUnreachable,            // libvirt did not answer, or does not know
-  kAbsent,                 // there is no such domain
-  kShutOff,                // defined and not active, for whatever reason but the next
-  kShutOffMigrated,        // defined; libvirt ended its copy because the guest is at the other side
+  kUnreachable,      // libvirt did not answer, or does not know
+  kAbsent,           // there is no such domain
+  kShutOff,          // defined and not active, for whatever reason but the next two
+  kShutOffMigrated,  // defined; libvirt ended its copy because the guest is at the other side
+  // Destination: defined; libvirt gave the copy up while it was taking it in. It has never run: libvirt gives
+  // this reason only when it fails to start a guest's processors or what comes before that, and any later end
+  // of the copy has another reason (qemuMigrationDstFinishActive, libvirt 9.0 to 11.3).
+  kShutOffFailed,
   kRunning,                // runs
   kRunningPostcopy,        // destination: runs while pages are still missing
   kRunningPostcopyFailed,  // destination: runs; the connection that brings missing pages was lost
@@ -70,7 +74,8 @@ struct SettlementInput {
   // The domain stood still before the migration began, so it stands still at the destination too.
   bool was_paused = false;
   // Whoever keeps `destination_ran` saw everything that the destination's libvirt did since before the
-  // handover. False (nobody watched for a while) means that a copy may have run and ended unseen.
+  // handover. False (nobody watched for a while) means that a copy may have run and ended unseen, unless it
+  // is kShutOffFailed.
   bool destination_watched = true;
   // The source's copy was suspended because of an earlier kPauseSource (to be recorded durably before it is
   // done), so that "paused by a user" means us.

@@ -18,6 +18,34 @@ TEST(QemuView, VersionOfQemu72) {
   EXPECT_EQ(*version, "QEMU 7.2.22");
 }
 
+TEST(ForgetsWrites, OnlyAnEmulatedGuestInAQemuBefore9) {
+  const std::string tcg = "<domain type='qemu' id='3'>\n  <name>'kvm'</name>";
+  const std::string kvm = "<domain type='kvm' id='3'>\n  <emulator>'qemu'</emulator>";
+  auto version = [](int major) {
+    return absl::StatusOr<std::string>(
+        fmt::format(R"({{"qemu": {{"micro": 2, "minor": 1, "major": {}}}, "package": ""}})", major));
+  };
+  for (int major : {2, 7, 8}) {
+    EXPECT_TRUE(ForgetsWrites(tcg, version(major))) << major;
+    EXPECT_FALSE(ForgetsWrites(kvm, version(major))) << major;
+  }
+  for (int major : {9, 10, 11}) EXPECT_FALSE(ForgetsWrites(tcg, version(major))) << major;
+}
+
+TEST(ForgetsWrites, AQemuThatDoesNotSay_IsTakenForOneThatDoes) {
+  const std::string tcg = "<domain type='qemu'>", kvm = "<domain type='kvm'>";
+  const absl::StatusOr<std::string> answers[] = {absl::DeadlineExceededError("it hangs"),
+                                                 "",
+                                                 "[]",
+                                                 "{}",
+                                                 R"({"qemu": 10})",
+                                                 R"({"qemu": {"minor": 9}})"};
+  for (const auto& answer : answers) {
+    EXPECT_TRUE(ForgetsWrites(tcg, answer));
+    EXPECT_FALSE(ForgetsWrites(kvm, answer));
+  }
+}
+
 TEST(QemuView, BlockedReasons_AreTaken) {
   auto none = ReadBlockers("{}");
   ASSERT_TRUE(none.ok());

@@ -22,7 +22,7 @@ bool Runs(Condition c) {
 }
 bool IsCopy(Condition c) {
   return c != Condition::kUnreachable && c != Condition::kAbsent && c != Condition::kShutOff &&
-         c != Condition::kShutOffMigrated;
+         c != Condition::kShutOffMigrated && c != Condition::kShutOffFailed;
 }
 
 std::string Show(const SettlementInput& in) {
@@ -71,7 +71,8 @@ TEST(Settle, NothingRunsThatMayRunElsewhere) {
     if (d == Condition::kUnreachable) {
       EXPECT_TRUE(in.fenced) << Show(in);
     } else {
-      EXPECT_TRUE(in.destination_watched) << "it may have run and ended unseen: " << Show(in);
+      EXPECT_TRUE(in.destination_watched || d == Condition::kShutOffFailed)
+          << "it may have run and ended unseen: " << Show(in);
     }
   });
   EXPECT_GT(resumed, 0);
@@ -269,6 +270,12 @@ TEST(Settle, StatesThatLibvirtLeavesBehind) {
        Action::kOperator, v1::LOST, [](SettlementInput& in) { in.destination_ran = true; }},
       {"nobody watched the destination", Condition::kPausedMigration, Condition::kAbsent, Action::kOperator,
        v1::UNKNOWN, [](SettlementInput& in) { in.destination_watched = false; }},
+      {"nor this one, but libvirt says that it did not get as far as running", Condition::kPausedMigration,
+       Condition::kShutOffFailed, Action::kResumeSource, v1::PAUSED_SOURCE,
+       [](SettlementInput& in) { in.destination_watched = false; }},
+      {"the same, and the guest was seen to run there", Condition::kPausedMigration,
+       Condition::kShutOffFailed, Action::kOperator, v1::LOST,
+       [](SettlementInput& in) { in.destination_ran = true; }},
       {"the source's host died after the move", Condition::kUnreachable, Condition::kRunning,
        Action::kAskAgain, v1::UNKNOWN},
       {"a domain that its user had paused moved", Condition::kShutOffMigrated, Condition::kPaused,
@@ -353,6 +360,13 @@ TEST(ConditionOf, ReadsLibvirtsStates) {
   EXPECT_EQ(ConditionOf(VIR_DOMAIN_SHUTOFF, VIR_DOMAIN_SHUTOFF_MIGRATED, source),
             Condition::kShutOffMigrated);
   EXPECT_EQ(ConditionOf(VIR_DOMAIN_SHUTOFF, VIR_DOMAIN_SHUTOFF_CRASHED, source), Condition::kShutOff);
+  EXPECT_EQ(ConditionOf(VIR_DOMAIN_SHUTOFF, VIR_DOMAIN_SHUTOFF_FAILED, destination),
+            Condition::kShutOffFailed);
+  // There it says nothing of this migration.
+  EXPECT_EQ(ConditionOf(VIR_DOMAIN_SHUTOFF, VIR_DOMAIN_SHUTOFF_FAILED, source), Condition::kShutOff);
+  for (int reason : {VIR_DOMAIN_SHUTOFF_UNKNOWN, VIR_DOMAIN_SHUTOFF_SHUTDOWN, VIR_DOMAIN_SHUTOFF_DESTROYED,
+                     VIR_DOMAIN_SHUTOFF_CRASHED, VIR_DOMAIN_SHUTOFF_DAEMON})
+    EXPECT_EQ(ConditionOf(VIR_DOMAIN_SHUTOFF, reason, destination), Condition::kShutOff) << reason;
   EXPECT_EQ(ConditionOf(VIR_DOMAIN_NOSTATE, 0, source), Condition::kUnreachable);
   EXPECT_EQ(ConditionOf(77, 0, source), Condition::kUnreachable);
 }
