@@ -516,11 +516,17 @@ void DomainOutgoing::StartPostCopy(const std::string& why) {
   }
   postcopy_asked_ = true;
   LOG_INFO("migration {}: post-copy: {}", id(), why);
+  Decided("postcopy", why);
+}
+
+void DomainOutgoing::Decided(const std::string& action, const std::string& why) {
   reporter_.Update([&](v1::SideReport& r) {
+    // Rounds are limited, and what follows the last of them is rare; but a link may break again and again.
+    if (r.progress().decisions_size() >= 2 * kMaxRounds) return;
     v1::Decision* entry = r.mutable_progress()->add_decisions();
     *entry->mutable_time() = migration::CurrentTime();
     entry->set_round(r.progress().round());
-    entry->set_action("postcopy");
+    entry->set_action(action);
     entry->set_why(why);
   });
 }

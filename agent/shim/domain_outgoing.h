@@ -91,6 +91,8 @@ class DomainOutgoing {
   void Judge(const vmm::JobFigures& job, uint64_t iteration);
   void Carry(const migration::ConvergenceDecision& decision);
   void StartPostCopy(const std::string& why);
+  // For the record of the migration.
+  void Decided(const std::string& action, const std::string& why);
   void Tick();
   void ApplyWishes();
   void EndEarly(const v1::Reason reason, const std::string& message);

@@ -237,6 +237,7 @@ bool DomainOutgoing::Act(const vmm::SettlementInput& seen, const vmm::Settlement
       return false;
     case Action::kRecoverPostcopy:
       if (!entrance_) done(OpenTunnel());
+      Decided("recover", settlement.why);
       done(BeginCall(/*recover=*/true));
       return false;
   }

@@ -42,7 +42,7 @@ DOMAIN = """<domain type='qemu'>
   <name>{name}</name>
   <uuid>{uuid}</uuid>
   <memory unit='MiB'>{memory}</memory>
-  <vcpu>1</vcpu>
+  <vcpu>1</vcpu>{iothreads}
   <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
   <os>
     <type arch='x86_64' machine='{machine}'>hvm</type>
@@ -63,14 +63,18 @@ DOMAIN = """<domain type='qemu'>
       <source mode='bind' path='{console}'/>
       <log file='{console_log}' append='on'/>
     </serial>
-    <memballoon model='virtio' freePageReporting='on'/>
+    {balloon}
     {devices}
   </devices>
 </domain>
 """
 
+BALLOON = "<memballoon model='virtio' freePageReporting='on'/>"
+# Devices that reach into the guest's memory from a thread of their own, not from QEMU's main thread.
+APART = {"iothreads": "<iothreads>1</iothreads>", "balloon": "<memballoon model='none'/>", "disk_driver": " iothread='1'"}
+
 FILE_DISK = """<disk type='file' device='disk'>
-      <driver name='qemu' type='raw' cache='none'/>
+      <driver name='qemu' type='raw' cache='none'{disk_driver}/>
       <source file='{path}'/>
       <target dev='vda' bus='virtio'/>
     </disk>"""
@@ -349,7 +353,8 @@ class LibvirtCluster(Cluster):
     def domain_xml(self, name, memory=128, cmdline="", disk=None, **fields):
         fields = {"uuid": uuid.uuid4(), "machine": self.machine, "emulator": self.emulator,
                   "console": CONSOLE.format(name=name), "console_log": f"/var/log/libvirt/{name}.console.log",
-                  "disk_xml": FILE_DISK.format(path=disk), "devices": "", **fields}
+                  "disk_xml": FILE_DISK.format(path=disk, disk_driver=fields.pop("disk_driver", "")), "devices": "",
+                  "iothreads": "", "balloon": BALLOON, **fields}
         return DOMAIN.format(name=name, memory=memory, cmdline=cmdline, guest_dir=self.guest_dir, **fields)
 
     @staticmethod

@@ -24,6 +24,9 @@ class LibvirtTest(ClusterTest):
     # Disks of their own at each host, which the migration copies.
     PRIVATE = False
 
+    # More of the domain's XML, see LibvirtCluster.domain_xml().
+    DOMAIN = {}
+
     # What hosts have from backports instead of the installed ones: "qemu" or "libvirt", by host.
     BACKPORTS = {}
     BATOND = {}
@@ -36,7 +39,7 @@ class LibvirtTest(ClusterTest):
         cls = type(self)
         if cls.guest is None:
             cls.guest = cls.cluster.start_domain(host or "a", VM, private=cls.PRIVATE, memory=cls.MEMORY,
-                                                 cmdline=self.CMDLINE)
+                                                 cmdline=self.CMDLINE, **self.DOMAIN)
             wait_until(lambda: (self.vm() or {}).get("state") == "RUNNING", "batond to know the domain", 30)
         elif host and self.host() != host:
             self.move(host)

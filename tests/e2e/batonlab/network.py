@@ -82,5 +82,13 @@ class Namespaces:
         """Packets between the two get lost from now on; connections stay open."""
         self.ip("-n", self.names[one], "link", "set", f"to-{other}", "down")
 
+    def reset(self, port, one="a", other="b"):
+        """Ends every TCP connection from one place to that port of the other, for both of them."""
+        found = subprocess.run([*self.prefix(one), "ss", "-tnHK", "dst", f"{self.address(other, one)}:{port}"], check=True,
+                               capture_output=True, text=True).stdout
+        if not found.strip():
+            raise AssertionError(f"nothing to reset from {one} to {other}")
+        return found
+
     def join(self, one="a", other="b"):
         self.ip("-n", self.names[one], "link", "set", f"to-{other}", "up")
