@@ -104,6 +104,8 @@ class DomainOutgoing {
   // Does what the settlement says; true once the migration has ended.
   bool Act(const vmm::SettlementInput& seen, const vmm::Settlement& settlement);
   void Yielded();
+  void Recover(const std::string& why);
+  void NotRecovered(const absl::Status& why);
   // We suspended the source's copy, and wrote that down before.
   bool SuspendedHere() const;
   bool EndHere(bool running, const std::string& why);
@@ -154,6 +156,9 @@ class DomainOutgoing {
   bool postcopy_ = false;
   bool postcopy_asked_ = false;
   bool destination_ran_ = false;
+  bool recovering_ = false;  // the call under way is to recover post-copy
+  Clock::time_point recover_again_{};
+  Duration recover_pause_{};
   absl::Status call_status_;
   Clock::time_point deadline_{};
   std::optional<Clock::time_point> abort_since_;

@@ -27,6 +27,10 @@ constexpr Duration kSettleAct = seconds(30);
 // Between looks, where an event should come but may be lost with a connection.
 constexpr Duration kSettleWait = milliseconds(20);
 constexpr Duration kSettleWaitMax = seconds(5);
+// Between attempts to recover post-copy, doubling: each is an entry of the record, and a host that is gone
+// stays away for long.
+constexpr Duration kRecoverPause = milliseconds(500);
+constexpr Duration kRecoverPauseMax = seconds(20);
 
 std::string LimitFile(ConfigStore& config) { return config.Get().state_dir() + "/downtime-before"; }
 
@@ -75,6 +79,10 @@ void DomainOutgoing::Settle() {
     if (settlement.why != said_) {
       said_ = settlement.why;
       LOG_INFO("migration {}: {}: {}", id(), vmm::NameOf(settlement.action), settlement.why);
+      // Recover() writes down what it does by itself.
+      if (seen.source.condition == vmm::DomainCondition::kPausedPostcopyFailed && !call_active_ &&
+          settlement.action != vmm::SettlementAction::kRecoverPostcopy)
+        Decided(vmm::NameOf(settlement.action), settlement.why);
     }
     if (Act(seen, settlement)) return;
     DomainMailbox::Mail mail = mail_->Wait(Deadline::After(pause));
@@ -85,6 +93,7 @@ void DomainOutgoing::Settle() {
       call_status_ = *mail.call;
       LOG_INFO("migration {}: libvirt's call has ended: {}", id(),
                call_status_.ok() ? "done" : Message(call_status_));
+      if (std::exchange(recovering_, false) && !call_status_.ok()) NotRecovered(call_status_);
     }
     // A migration that goes on in libvirt under a new shim can still be steered.
     if (seen.source.job) ApplyWishes();
@@ -236,12 +245,32 @@ bool DomainOutgoing::Act(const vmm::SettlementInput& seen, const vmm::Settlement
       if (remote_) done(OnDomain(*remote_, "ending the destination's copy", &virDomainDestroy));
       return false;
     case Action::kRecoverPostcopy:
-      if (!entrance_) done(OpenTunnel());
-      Decided("recover", settlement.why);
-      done(BeginCall(/*recover=*/true));
+      Recover(settlement.why);
       return false;
   }
   return false;
+}
+
+// Both ends hold a part of the guest and wait: libvirt is asked to connect them again, until that holds.
+void DomainOutgoing::Recover(const std::string& why) {
+  if (Clock::now() < recover_again_) return;
+  recover_pause_ =
+      recover_pause_ == Duration(0) ? kRecoverPause : std::min(2 * recover_pause_, kRecoverPauseMax);
+  recover_again_ = Clock::now() + recover_pause_;
+  Decided("recover", why);
+  absl::Status begun = entrance_ ? absl::OkStatus() : OpenTunnel();
+  if (begun.ok()) begun = BeginCall(/*recover=*/true);
+  recovering_ = begun.ok();
+  if (!begun.ok()) NotRecovered(begun);
+}
+
+void DomainOutgoing::NotRecovered(const absl::Status& why) {
+  LOG_WARN("migration {}: post-copy is not recovered: {}", id(), Message(why));
+  Decided(
+      "not recovered",
+      fmt::format("{}; the guest is at the destination, and the memory that it still misses at the source: "
+                  "neither domain may be ended. Both wait, and it is tried again by itself",
+                  Message(why)));
 }
 
 absl::Status DomainOutgoing::OnDomain(vmm::LibvirtConnection& connection, const std::string& what,

@@ -142,7 +142,8 @@ Settlement DestinationInPostcopy(SourceCopy s, bool failed) {
         return Make(Action::kRecoverPostcopy, v1::DESTINATION,
                     "post-copy lost its connection; both ends wait for another one");
       return Make(Action::kWait, v1::DESTINATION,
-                  "post-copy lost its connection at the source; the destination has not noticed yet");
+                  "post-copy lost its connection at the source; the destination has not noticed yet: if it "
+                  "stays so, its QEMU does not answer");
     case SourceCopy::kPostcopy:
     case SourceCopy::kStopped:
       return Make(Action::kWait, v1::DESTINATION,
@@ -330,8 +331,10 @@ Settlement Decide(const SettlementInput& in) {
   // libvirt keeps the job of a broken post-copy, for the call that recovers it.
   const bool busy =
       in.call_active || in.source.job || (in.destination.job && d != DestinationCopy::kPostcopyFailed);
-  const bool broken =
-      s == SourceCopy::kPostcopyFailed && d == DestinationCopy::kPostcopyFailed && !in.call_active;
+  const bool broken = !in.call_active &&
+                      (s == SourceCopy::kPostcopyFailed || d == DestinationCopy::kPostcopyFailed) &&
+                      (s == SourceCopy::kPostcopyFailed || s == SourceCopy::kPostcopy) &&
+                      (d == DestinationCopy::kPostcopyFailed || d == DestinationCopy::kPostcopy);
   if (busy && !both_run && !broken) return Make(Action::kWait, Meanwhile(s, d), "libvirt is at work");
   switch (d) {
     case DestinationCopy::kUnseen:

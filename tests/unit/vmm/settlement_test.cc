@@ -296,6 +296,12 @@ TEST(Settle, StatesThatLibvirtLeavesBehind) {
       {"the same, with the jobs that libvirt keeps", Condition::kPausedPostcopyFailed,
        Condition::kRunningPostcopyFailed, Action::kRecoverPostcopy, v1::DESTINATION,
        [](SettlementInput& in) { in.source.job = in.destination.job = true; }},
+      {"the destination has not noticed", Condition::kPausedPostcopyFailed, Condition::kRunningPostcopy,
+       Action::kWait, v1::DESTINATION,
+       [](SettlementInput& in) { in.source.job = in.destination.job = true; }},
+      {"the source has not noticed", Condition::kPausedPostcopy, Condition::kRunningPostcopyFailed,
+       Action::kWait, v1::DESTINATION,
+       [](SettlementInput& in) { in.source.job = in.destination.job = true; }},
       {"it is being recovered", Condition::kPausedPostcopyFailed, Condition::kRunningPostcopyFailed,
        Action::kWait, v1::DESTINATION, [](SettlementInput& in) { in.call_active = true; }},
       {"post-copy done, confirm lost", Condition::kPausedPostcopyFailed, Condition::kRunning,
@@ -336,6 +342,16 @@ TEST(Settle, StatesThatLibvirtLeavesBehind) {
     EXPECT_STREQ(NameOf(out.action), NameOf(c.action)) << c.what << ": " << out.why;
     EXPECT_EQ(out.location, c.location) << c.what << ": " << out.why;
   }
+}
+
+TEST(Settle, ABrokenPostCopyThatCannotBeRecoveredYet_SaysWhichEndHasNotNoticed) {
+  SettlementInput in;
+  in.source = {Condition::kPausedPostcopyFailed, true};
+  in.destination = {Condition::kRunningPostcopy, true};
+  EXPECT_THAT(Settle(in).why, testing::HasSubstr("the destination has not noticed yet"));
+  in.source.condition = Condition::kPausedPostcopy;
+  in.destination.condition = Condition::kRunningPostcopyFailed;
+  EXPECT_THAT(Settle(in).why, testing::HasSubstr("the source has not noticed yet"));
 }
 
 TEST(ConditionOf, ReadsLibvirtsStates) {
