@@ -111,7 +111,8 @@ class Recovery(PostCopy):
 
 
 class MoreRecovery(Recovery):
-    """The same with two breaks, and where a shim that carried the connections is killed. Not part of the suite: see docs/libvirt.md."""
+    """The same with two breaks, and where a shim that carried the connections is killed. Not part of the suite: see
+    docs/libvirt.md."""
 
     test_the_connections_are_cut_when_the_guest_answers_at_the_destination = None
     test_the_connections_are_cut_when_half_of_the_memory_is_there = None

@@ -38,6 +38,7 @@ absl::StatusOr<std::string> AskMonitor(virDomainPtr domain, const std::string& c
 // Asks what a migration depends on: version and blockers. libvirt writes its state of the domain to disk for
 // every question, so each takes a while.
 absl::StatusOr<QemuView> AskQemuForMigration(virDomainPtr domain);
+
 // Whether a domain's QEMU may lose some of what its guest writes while it is copied: one without KVM (`type`
 // of the domain's XML is "qemu") before QEMU 9.0. `version`: what it answered to query-version; without a
 // usable answer it is taken for one of those, which costs rounds and no memory. Pure.
