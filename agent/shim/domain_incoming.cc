@@ -114,8 +114,11 @@ absl::Status DomainIncoming::AcceptChannel(const v1::AcceptChannelRequest& reque
 void DomainIncoming::OnLibvirt(bool up) {
   if (!up) {
     std::lock_guard lock(mutex_);
-    // What happens until it is back is not seen.
-    if (ready_) watched_ = false;
+    // What happens until it is back is not seen, and the source's connections to it end in good order.
+    if (ready_) {
+      watched_ = false;
+      ++libvirt_lost_;
+    }
   }
   mail_->Wake();
 }
@@ -300,12 +303,13 @@ uint32_t DomainIncoming::Connections() {
 
 bool DomainIncoming::SourceMayReturn() {
   std::shared_ptr<stream::TunnelExit> exit;
+  uint64_t broken = 0, opened = 0;
   {
     std::lock_guard lock(mutex_);
     exit = exit_;
+    broken = libvirt_lost_;
   }
   if (!exit) return false;
-  uint64_t broken = 0, opened = 0;
   for (stream::TunnelService service : stream::kTunnelServices) {
     broken += exit->counts(service).broken;
     opened += exit->counts(service).opened;

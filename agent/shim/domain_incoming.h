@@ -111,6 +111,7 @@ class DomainIncoming {
   std::string broken_;
   // This process, and libvirt's events, were there all the time since the migration was announced.
   bool watched_ = false;
+  uint64_t libvirt_lost_ = 0;  // since then
   int answering_ = 0;
   std::condition_variable answered_;
   std::thread thread_;
