@@ -208,6 +208,12 @@ class LibvirtHost:
         """Names of the active ones."""
         return self.virsh("list", "--name").stdout.split()
 
+    def monitor(self, name, *questions):
+        """What a domain's QEMU answers to commands of its human monitor."""
+        answers = (self.virsh("qemu-monitor-command", "--hmp", name, question, check=False) for question in questions)
+        return "\n".join(f"{question}: {answer.stdout.strip() or answer.stderr.strip()}"
+                         for question, answer in zip(questions, answers))
+
     def console(self, name):
         return os.path.join(self.run_dir, f"{name}.console")
 

@@ -11,6 +11,9 @@ VM = "web1"
 # Slow enough that pre-copy lasts until something is done about it, fast enough that a cancel is noticed at once.
 SLOW = ("--bandwidth", "4MiB")
 
+# Where libvirt has the first virtio disk.
+DISK = "/machine/peripheral/virtio-disk0/virtio-backend"
+
 
 def backports_of(wanted):
     return {host: backports(what) for host, what in wanted.items()}
@@ -21,6 +24,9 @@ class LibvirtTest(ClusterTest):
     # Enough memory traffic for several iterations, a disk that is never idle, and a full check that does not take long.
     CMDLINE = "lab.pages=2048 lab.dirty=1000 lab.blocks=512"
     MEMORY = 128
+    # What QEMU is asked when the guest does not use its disk.
+    DISK_QUESTIONS = ("info status", "info lapic", "info registers", f"info virtio-status {DISK}", "info blockstats",
+                      f"info virtio-queue-status {DISK} 0")
     # Disks of their own at each host, which the migration copies.
     PRIVATE = False
 
@@ -190,7 +196,15 @@ class LibvirtTest(ClusterTest):
         wait_until(lambda: (self.vm() or {}).get("state") == "RUNNING" and self.cluster.host_of(VM) == host,
                    lambda: f"{VM} running on {host} by batond's account, which says {self.vm()}", 30, pause=0.1)
         wait_until(lambda: not self.remains(), lambda: f"nothing of a migration, there is {self.remains()}", 30, pause=0.1)
-        self.guest.wait_writes(20)
+        self.assert_writes(host)
+
+    def assert_writes(self, host):
+        """The guest uses its disk, or the error says what its QEMU knows of it: whether requests wait for QEMU, or their ends
+        for the guest."""
+        try:
+            self.guest.wait_writes(20)
+        except LabError as error:
+            raise LabError(f"{error}\n{self.cluster.hosts[host].monitor(VM, *self.DISK_QUESTIONS)}") from error
 
     def remains(self):
         """What migrations have left: shims, and the directories of their sockets."""
