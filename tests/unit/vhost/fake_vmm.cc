@@ -226,8 +226,7 @@ MediatorOptions MediatorFixture::Options() {
 
 void MediatorFixture::StartMediator() { StartMediator(Options()); }
 
-void MediatorFixture::StartMediator(MediatorOptions options) {
-  MediatorCallbacks callbacks;
+void MediatorFixture::StartMediator(MediatorOptions options, MediatorCallbacks callbacks) {
   callbacks.on_change = [this](const v1::Device&) {
     std::lock_guard lock(change_mutex_);
     device_changed_.notify_all();

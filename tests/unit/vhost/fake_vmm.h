@@ -113,7 +113,8 @@ class MediatorFixture : public ::testing::Test {
   void StartBackend(BackendOptions options = {});
   MediatorOptions Options();
   void StartMediator();
-  void StartMediator(MediatorOptions options);
+  // `on_change` is the fixture's.
+  void StartMediator(MediatorOptions options, MediatorCallbacks callbacks = {});
   // Waits until the mediator says so of its device.
   bool AwaitDevice(const std::function<bool(const v1::Device&)>& wanted);
   bool Becomes(v1::Device::State state);

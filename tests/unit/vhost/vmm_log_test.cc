@@ -55,9 +55,7 @@ class VmmLogTest : public MediatorFixture {
     callbacks.on_stopped = [this](const absl::StatusOr<v1::DeviceState>& state) {
       if (on_stopped_) on_stopped_(state);
     };
-    auto mediator = Mediator::Start(std::move(options), std::move(callbacks));
-    ASSERT_TRUE(mediator.ok()) << mediator.status();
-    mediator_ = std::move(*mediator);
+    ASSERT_NO_FATAL_FAILURE(StartMediator(std::move(options), std::move(callbacks)));
     vmm_ = std::make_unique<FakeVmm>(dir_ + "/vmm.sock");
     ASSERT_NO_FATAL_FAILURE(vmm_->Negotiate());
     ASSERT_NO_FATAL_FAILURE(vmm_->SetMemory());
