@@ -103,9 +103,7 @@ absl::StatusOr<v1::ResolvedDevice> BackendResolver::ResolveBackend(const std::st
   }
   if (!device.backend().socket().empty()) return out;
   return Error(absl::StatusCode::kNotFound,
-               "no back-end for device {}: neither `backends` nor `backend_hook` of this host's "
-               "configuration names one",
-               device.name());
+               "neither `backends` nor `backend_hook` of this host's configuration names a back-end");
 }
 
 absl::StatusOr<v1::Backend> BackendResolver::RunHook(const std::string& action, const std::string& vm,
@@ -124,7 +122,7 @@ absl::StatusOr<v1::Backend> BackendResolver::RunHook(const std::string& action, 
                  {"BATON_SOCKET", device.backend().socket()},
                  {"BATON_MIGRATION", migration_id},
                  {"BATON_HOST", config_.name}};
-  std::string name = fmt::format("backend_hook {} for device {}", action, device.name());
+  std::string name = "backend_hook " + action;
   auto ran = RunCommand(options, deadline.Min(Deadline::After(hook.timeout)));
   if (!ran.ok()) return Annotate(ran.status(), name);
   if (!ran->status.ok())
@@ -147,7 +145,9 @@ void BackendResolver::Release(const std::string& vm, const v1::ResolvedDevice& d
   spec.set_name(device.name());
   *spec.mutable_backend() = device.backend();
   auto removed = RunHook("remove", vm, spec, migration_id, Deadline::After(config_.backend_hook->timeout));
-  if (!removed.ok()) LOG_WARN("back-end stays: vm={} error=\"{}\"", vm, Message(removed.status()));
+  if (!removed.ok()) {
+    LOG_WARN("back-end stays: vm={} device={} error=\"{}\"", vm, device.name(), Message(removed.status()));
+  }
 }
 
 }  // namespace baton::daemon

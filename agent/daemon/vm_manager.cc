@@ -227,11 +227,14 @@ absl::StatusOr<v1::Vm> VmManager::StartVm(const v1::StartVmCommand& command, Dea
     conf.set_mode(v1::ShimConfig::FRESH);
     conf.set_epoch(epoch);
     for (const v1::DeviceSpec& device : spec.devices()) {
-      ASSIGN_OR_RETURN(*conf.add_devices(), parts_.backends.Resolve(spec.name(), device, "", deadline));
+      const std::string subject = "device " + device.name();
+      auto resolved = parts_.backends.Resolve(spec.name(), device, "", deadline);
+      if (!resolved.ok()) return Annotate(resolved.status(), subject);
+      *conf.add_devices() = *resolved;
       entry->set_conf(conf);  // so that a failure gives back what a hook made
-      const v1::Backend& backend = conf.devices(conf.devices_size() - 1).backend();
-      auto probed = vhost::ProbeBackend(device, backend, deadline.Min(Deadline::After(kProbeTimeout)));
-      if (!probed.ok()) return WithReason(probed.status(), v1::SOURCE_BACKEND_FAILED);
+      auto probed =
+          vhost::ProbeBackend(device, resolved->backend(), deadline.Min(Deadline::After(kProbeTimeout)));
+      if (!probed.ok()) return WithReason(Annotate(probed.status(), subject), v1::SOURCE_BACKEND_FAILED);
     }
     entry->set_conf(conf);
     RETURN_IF_ERROR(parts_.store.Write(spec.name(), conf));

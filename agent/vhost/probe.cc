@@ -25,9 +25,9 @@ bool Has(const std::string& config, size_t offset, size_t size) { return offset 
 
 absl::StatusOr<v1::Device> ProbeBackend(const v1::DeviceSpec& spec, const v1::Backend& backend,
                                         Deadline deadline) {
-  const std::string where = fmt::format("device {}: back-end {}", spec.name(), backend.socket());
+  const std::string where = "back-end " + backend.socket();
   auto connection = Connection::Dial(backend.socket(), deadline);
-  if (!connection.ok()) return Annotate(connection.status(), fmt::format("device {}: back-end", spec.name()));
+  if (!connection.ok()) return Annotate(connection.status(), "back-end");
   Frontend fe(std::move(*connection));
   auto probe = [&]() -> absl::StatusOr<v1::Device> {
     v1::Device d;

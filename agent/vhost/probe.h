@@ -16,7 +16,8 @@ namespace baton::vhost {
 // what is offered in offered_features and offered_protocol_features, and the configuration space. Errors:
 // NotFound (no such socket), Unavailable (nobody listens, or it hung up), DeadlineExceeded (it accepts but is
 // silent: stopped, or it serves another front-end and takes one at a time), FailedPrecondition (it answers
-// nonsense). Any thread.
+// nonsense); they name the socket, not the device, which is the subject of the finding that is made of them.
+// Any thread.
 absl::StatusOr<v1::Device> ProbeBackend(const v1::DeviceSpec& spec, const v1::Backend& backend,
                                         Deadline deadline);
 

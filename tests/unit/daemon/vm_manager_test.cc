@@ -13,6 +13,7 @@ namespace {
 
 using ::testing::Contains;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 using VmManagerTest = AgentTest;
 
@@ -61,10 +62,10 @@ TEST_F(VmManagerTest, FailedStartsSayWhyAndLeaveNothing) {
   v1::DeviceSpec* device = disk.add_devices();
   device->set_name("disk0");
   device->set_class_(v1::BLK);
-  EXPECT_THAT(Message(Start(disk).status()), HasSubstr("no back-end for device disk0"));
+  EXPECT_THAT(Message(Start(disk).status()), HasSubstr("device disk0: neither `backends` nor"));
   device->mutable_backend()->set_socket(dir_ + "/absent.sock");
   absl::Status absent = Start(disk).status();
-  EXPECT_THAT(Message(absent), HasSubstr(dir_ + "/absent.sock"));
+  EXPECT_THAT(Message(absent), HasSubstr("device disk0: back-end: " + dir_ + "/absent.sock: "));
   EXPECT_EQ(ReasonOf(absent), v1::SOURCE_BACKEND_FAILED);
   ExpectGone();
 }
@@ -78,7 +79,9 @@ TEST_F(VmManagerTest, SilentBackendIsNamed) {
   device->set_name("disk0");
   device->set_class_(v1::BLK);
   device->mutable_backend()->set_socket(dir_ + "/silent.sock");
-  EXPECT_THAT(Message(Start(disk).status()), HasSubstr("accepts the connection but does not answer"));
+  EXPECT_THAT(Message(Start(disk).status()),
+              HasSubstr("device disk0: back-end " + dir_ +
+                        "/silent.sock: accepts the connection but does not answer"));
   ExpectGone();
 }
 
@@ -414,7 +417,11 @@ TEST_F(VmManagerTest, AbsentAndSilentBackendsOfADestinationAreToldApart) {
   EXPECT_THAT(prepared->findings(0).message(), HasSubstr(dir_ + "/absent.sock"));
   EXPECT_EQ(prepared->findings(1).code(), "BACKEND_SILENT");
   EXPECT_THAT(prepared->findings(1).message(), HasSubstr("accepts the connection but does not answer"));
-  for (const v1::Finding& finding : prepared->findings()) EXPECT_EQ(finding.severity(), v1::BLOCKER);
+  for (const v1::Finding& finding : prepared->findings()) {
+    EXPECT_EQ(finding.severity(), v1::BLOCKER);
+    // Whoever shows a finding writes its subject before it.
+    EXPECT_THAT(finding.message(), Not(HasSubstr("device ")));
+  }
 }
 
 TEST_F(VmManagerTest, DeadIncomingShimIsARefusal) {
