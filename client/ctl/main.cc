@@ -68,18 +68,31 @@ int Fail(const Context& context, const absl::Status& status) {
   return ExitCodeFor(status);
 }
 
-// The first word that is no option and no command although a command was expected there, or empty.
-std::string UnknownCommand(CLI::App* app, const std::vector<std::string>& words, CLI::App** where) {
+// The option of a command or of those above it (CLI::App::fallthrough) that a word names, with or without a
+// value behind it: --name, --name=value, -n, -nvalue.
+CLI::Option* OptionOf(CLI::App* command, const std::string& word) {
+  const std::string name = word.rfind("--", 0) == 0 ? word.substr(0, word.find('=')) : word.substr(0, 2);
+  for (CLI::App* at = command; at != nullptr; at = at->get_parent()) {
+    if (CLI::Option* option = at->get_option_no_throw(name)) return option;
+  }
+  return nullptr;
+}
+
+// Where a command was expected: the first word that is none, and no option either, or empty.
+std::string UnknownWord(CLI::App* app, const std::vector<std::string>& words, CLI::App** where) {
   CLI::App* command = app;
   for (size_t i = 0; i < words.size(); ++i) {
     *where = command;
+    if (command->get_require_subcommand_min() == 0) return "";
     if (words[i].empty() || words[i][0] == '-') {
-      // An option of the connection with its value; those of other commands come after the command.
-      CLI::Option* option = app->get_option_no_throw(words[i]);
-      if (option != nullptr && option->get_items_expected_max() > 0) ++i;
+      CLI::Option* option = OptionOf(command, words[i]);
+      if (option == nullptr) return words[i];
+      // Its value is no command.
+      const bool attached =
+          words[i].find('=') != std::string::npos || (words[i].size() > 2 && words[i][1] != '-');
+      if (option->get_items_expected_max() > 0 && !attached) ++i;
       continue;
     }
-    if (command->get_require_subcommand_min() == 0) return "";
     CLI::App* next = nullptr;
     for (CLI::App* sub : command->get_subcommands([](CLI::App*) { return true; })) {
       if (sub->check_name(words[i])) next = sub;
@@ -91,20 +104,38 @@ std::string UnknownCommand(CLI::App* app, const std::vector<std::string>& words,
   return "";
 }
 
+// What is wrong with a word that is neither command nor option.
+std::string UnknownText(const CLI::App* command, const std::string& word,
+                        const std::vector<std::string>& commands) {
+  const bool option = word[0] == '-';
+  std::vector<std::string> known = commands;
+  if (option) {
+    known.clear();
+    for (const CLI::App* at = command; at != nullptr; at = at->get_parent()) {
+      for (const CLI::Option* one : at->get_options()) {
+        for (const std::string& name : one->get_lnames()) known.push_back("--" + name);
+      }
+    }
+  }
+  std::string text = fmt::format("unknown {} '{}'", option ? "option" : "command", word);
+  if (auto near = Nearest(word.substr(0, word.find('=')), known))
+    text += fmt::format("; did you mean '{}'?", *near);
+  return text;
+}
+
 // What CLI11 found wrong, as our own kind of error: its exit codes are its own, and its text lacks where to
 // look next.
 int FailUsage(CLI::App* app, const Context& context, const CLI::ParseError& error,
               const std::vector<std::string>& words) {
   CLI::App* command = app;
   std::string what = error.what();
-  std::string unknown = UnknownCommand(app, words, &command);
+  std::string unknown = UnknownWord(app, words, &command);
   std::vector<std::string> commands;
   for (CLI::App* sub : command->get_subcommands([](CLI::App*) { return true; }))
     commands.push_back(sub->get_name());
   if (!unknown.empty()) {
-    what = fmt::format("unknown command '{}'", unknown);
-    if (auto near = Nearest(unknown, commands)) what += fmt::format("; did you mean '{}'?", *near);
-  } else if (!commands.empty()) {
+    what = UnknownText(command, unknown, commands);
+  } else if (dynamic_cast<const CLI::RequiredError*>(&error) != nullptr && !commands.empty()) {
     what = "a command is missing: ";
     for (size_t i = 0; i < commands.size(); ++i) what += (i == 0 ? "" : ", ") + commands[i];
   }

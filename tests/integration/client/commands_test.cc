@@ -307,6 +307,13 @@ TEST(CtlConnection, WrongOptions_Exit2AndNameTheOption) {
   EXPECT_THAT(RunCtl({"--ca", "/tmp/ca", "get", "hosts"}).err, HasSubstr("missing: --cert --key"));
   EXPECT_THAT(RunCtl({"--server", "http://x:1", "get", "hosts"}).err, HasSubstr("no URL scheme"));
   EXPECT_THAT(RunCtl({"get", "vns"}).err, HasSubstr("did you mean 'vms'?"));
+  EXPECT_THAT(RunCtl({"--bogus"}).err, HasSubstr("error: unknown option '--bogus'\n"));
+  EXPECT_THAT(RunCtl({"vm", "--bogus"}).err,
+              HasSubstr("error: unknown option '--bogus'\n  next:  batonctl vm --help"));
+  EXPECT_THAT(RunCtl({"--serve=x"}).err, HasSubstr("unknown option '--serve=x'; did you mean '--server'?"));
+  EXPECT_THAT(RunCtl({"-sx", "vns"}).err, HasSubstr("unknown command 'vns'"));
+  EXPECT_THAT(RunCtl({"--server", "x"}).err, HasSubstr("error: a command is missing: get, "));
+  EXPECT_THAT(RunCtl({"--server"}).err, HasSubstr("--server: 1 required"));
   EXPECT_THAT(RunCtl({"migrate", "web1"}).err, HasSubstr("--to is required"));
   EXPECT_THAT(RunCtl({"--connect-timeout", "5", "get", "vms"}).err, HasSubstr("connect timeout: '5' is not"));
   EXPECT_THAT(RunCtl({"vm", "stop", "web1", "--timeout", "5"}).err, HasSubstr("--timeout: '5' is not"));
