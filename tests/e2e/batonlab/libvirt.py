@@ -208,6 +208,18 @@ class LibvirtHost:
         """Names of the active ones."""
         return self.virsh("list", "--name").stdout.split()
 
+    @contextlib.contextmanager
+    def events(self, name):
+        """A pipe with what libvirtd tells of a domain's life, a line for each event as it comes. What happens in the first
+        moments may be missing."""
+        command = ["stdbuf", "-oL", *self.virsh_command("event", "--domain", name, "--event", "lifecycle", "--loop")]
+        with subprocess.Popen(command, bufsize=0, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              env=self.cluster.lab.environment()) as watcher:
+            try:
+                yield watcher.stdout
+            finally:
+                watcher.kill()
+
     def monitor(self, name, *questions):
         """What a domain's QEMU answers to commands of its human monitor."""
         answers = (self.virsh("qemu-monitor-command", "--hmp", name, question, check=False) for question in questions)

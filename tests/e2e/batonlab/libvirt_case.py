@@ -1,4 +1,5 @@
 """Base of the end-to-end tests with libvirt: a cluster of libvirt hosts that the tests of a class share."""
+import select
 import signal
 
 from .case import ClusterTest
@@ -107,14 +108,24 @@ class LibvirtTest(ClusterTest):
         if point == "precopy":
             return name
         if point == "switchover":
-            self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited")
-            self.wait_state(self.source, "paused (migrating)", name)
-            self.hold("libvirtd", self.source)
+            self.hold_at_stop(name)
             return name
         self.wait_finish(name, "paused (migrating)")
         if point == "confirm":
             self.wait_confirm(name, "running (migrated)")
         return name
+
+    def hold_at_stop(self, name):
+        """From pre-copy to the moment "switchover". It is over soon, so the event is waited for that tells of it, and nothing
+        is looked for between the event and the signal."""
+        libvirt = self.cluster.hosts[self.source]
+        daemon = self.processes("libvirtd", self.source)
+        with libvirt.events(VM) as events:
+            self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited")
+            wait_until(lambda: (select.select([events], [], [], 1)[0] and b"Suspended" in events.readline()) or
+                       libvirt.state(VM) == "paused (migrating)",
+                       lambda: f"{VM} to stand still at {self.source}; {self.describe(name)}", 30, pause=0)
+            self.hold("libvirtd", self.source, daemon)
 
     def wait_finish(self, name, source):
         """From pre-copy to the moment "finish"; `source`: how the guest stands still there."""
@@ -157,9 +168,9 @@ class LibvirtTest(ClusterTest):
             found = [process for process in found if any(f"guest={VM}," in word for word in process.argv)]
         return found
 
-    def hold(self, program, host):
-        """Stops the processes of that kind, until let_go() or the end of the test."""
-        found = self.processes(program, host)
+    def hold(self, program, host, found=None):
+        """Stops the processes of that kind (`found`, if they have been looked for), until let_go() or the end of the test."""
+        found = found or self.processes(program, host)
         if not found:
             raise LabError(f"no {program} on {host}")
         for process in found:
