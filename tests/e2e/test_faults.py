@@ -6,8 +6,7 @@ import time
 import unittest
 
 from batonlab.case import ClusterTest
-from batonlab.cluster import summary
-from batonlab.faults import EITHER, LOST, MOVED, STAYED, add_cases
+from batonlab.faults import EITHER, LOST, MOVED, STAYED, FaultSteps, add_cases
 from batonlab.lab import wait_until
 
 # Where the shims wait while the fault is injected: {phase: (side, pause point)}.
@@ -44,30 +43,8 @@ MATRIX = {
 }
 
 
-class Faults(ClusterTest):
+class Faults(FaultSteps, ClusterTest):
     SECURE = True
-
-    def kill_one(self, program, host):
-        """Kills the VM's only process of that kind, and waits until it is dead: a VMM takes a while to end."""
-        found = self.cluster.agents[host].find(program)
-        self.assertEqual(len(found), 1, f"{program} on {host}: {found}")
-        found[0].end()
-
-    def fault_batond(self):
-        self.cluster.batond.kill()
-        self.cluster.batond.start()
-
-    def fault_source_agent(self):
-        self.cluster.agents[self.source].restart()
-
-    def fault_destination_agent(self):
-        self.cluster.agents[self.destination].restart()
-
-    def fault_destination_shim(self):
-        self.kill_one("baton-shim", self.destination)
-
-    def fault_destination_qemu(self):
-        self.kill_one("qemu-system", self.destination)
 
     def fault_source_storage(self):
         self.cluster.agents[self.source].storage.restart()
@@ -79,15 +56,9 @@ class Faults(ClusterTest):
         self.cluster.network.cut()
         self.cut_at = time.monotonic()
 
-    def fault_source_shim(self):
-        self.kill_one("baton-shim", self.source)
-
-    def fault_source_qemu(self):
-        self.kill_one("qemu-system", self.source)
-
     def hang(self, program, host):
         """Stops the processes of that kind; answers how to let them go on."""
-        found = self.cluster.agents[host].find(program)
+        found = self.processes(program, host)
         self.assertTrue(found, f"no {program} on {host}")
         for process in found:
             process.kill(signal.SIGSTOP)
@@ -122,18 +93,7 @@ class Faults(ClusterTest):
         else:
             ended = self.cluster.wait_ended(migration, 60)
         self.doCleanups()  # what hung goes on
-        end = (ended["phase"], ended["guest_location"])
-        self.assertIn(end, allowed, summary(ended))
-        self.assertNotIn(ended.get("reason", ""), ("", "REASON_UNSPECIFIED", "INTERNAL"), summary(ended))
-        if end == ("FAILED", "LOST"):
-            self.check_lost()
-            return
-        moved = end[0] == "SUCCEEDED"
-        self.assert_runs_only(self.destination if moved else self.source)
-        self.assert_clean()
-        # The next migration works.
-        self.move(self.source if moved else self.destination)
-        self.assertIs(guest, self.guest)
+        self.check_end(guest, ended, allowed)
 
     def noticed(self, migration):
         """The cut has lasted longer than either side waits for a silent peer."""

@@ -4,7 +4,7 @@ import sys
 import unittest
 
 from batonlab.cluster import summary
-from batonlab.faults import EITHER, LOST, MOVED, STAYED, add_cases
+from batonlab.faults import EITHER, LOST, MOVED, STAYED, FaultSteps, add_cases
 from batonlab.lab import wait_until
 from batonlab.libvirt_case import SLOW, VM, LibvirtTest
 
@@ -46,24 +46,9 @@ OFTEN = {
 }
 
 
-class FaultTest(LibvirtTest):
+class FaultTest(FaultSteps, LibvirtTest):
     # A guest that is busy. QEMU 7.2 does not move that without loss under TCG, see test_libvirt.py.
     BACKPORTS = {"a": "qemu", "b": "qemu"}
-
-    def kill_one(self, program, host):
-        found = self.processes(program, host)
-        self.assertEqual(len(found), 1, f"{program} on {host}: {found}")
-        found[0].end()
-
-    def fault_batond(self):
-        self.cluster.batond.kill()
-        self.cluster.batond.start()
-
-    def fault_source_agent(self):
-        self.cluster.agents[self.source].restart()
-
-    def fault_destination_agent(self):
-        self.cluster.agents[self.destination].restart()
 
     def fault_source_libvirtd(self):
         self.cluster.hosts[self.source].restart()
@@ -75,36 +60,13 @@ class FaultTest(LibvirtTest):
         for host in self.cluster.hosts.values():
             host.restart("virtlogd")
 
-    def fault_source_shim(self):
-        self.kill_one("baton-shim", self.source)
-
-    def fault_destination_shim(self):
-        self.kill_one("baton-shim", self.destination)
-
-    def fault_source_qemu(self):
-        self.kill_one("qemu-system", self.source)
-
-    def fault_destination_qemu(self):
-        self.kill_one("qemu-system", self.destination)
-
     def check(self, process, point, allowed):
         guest = self.have_guest()
         name = self.begin(point)
         getattr(self, "fault_" + process)()
         self.go_on(name)
         ended = self.cluster.wait_ended(name, LIMITS.get((process, point), 90))
-        end = (ended["phase"], ended["guest_location"])
-        self.assertIn(end, allowed, summary(ended))
-        self.assertNotIn(ended.get("reason", ""), ("", "REASON_UNSPECIFIED", "INTERNAL"), summary(ended))
-        if end == ("FAILED", "LOST"):
-            self.check_lost()
-            return
-        moved = end[0] == "SUCCEEDED"
-        self.assert_runs_only(self.destination if moved else self.source)
-        self.assert_clean()
-        # The next migration works.
-        self.move(self.source if moved else self.destination)
-        self.assertIs(guest, self.guest)
+        self.check_end(guest, ended, allowed)
 
     def check_lost(self):
         """The guest ended with its QEMU; nothing of it runs anywhere, batond says so, and it can be started again."""

@@ -110,6 +110,10 @@ class ClusterTest(unittest.TestCase):
                 with open(os.path.join(cls.lab.logs, name), "a", encoding="utf-8") as log:
                     log.write(text + "\n")
 
+    def processes(self, program, host):
+        """Those of that host whose program's name begins so."""
+        return self.cluster.agents[host].find(program)
+
     # --- steps ---
 
     def have_guest(self, host=None):

@@ -162,7 +162,7 @@ class LibvirtTest(ClusterTest):
         return f"the migration {summary(self.cluster.migration(name) or {})}"
 
     def processes(self, program, host):
-        found = self.cluster.agents[host].find(program)
+        found = super().processes(program, host)
         if program == "qemu-system":
             # libvirt's questions about QEMU's capabilities run QEMUs as well.
             found = [process for process in found if any(f"guest={VM}," in word for word in process.argv)]
