@@ -1,6 +1,10 @@
 #include "agent/shim/domain_device_link.h"
 
+#include <fcntl.h>
+#include <sys/socket.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <set>
 #include <thread>
@@ -157,9 +161,19 @@ void DomainDeviceSender::FillProgress(v1::Progress* progress) const {
 struct DomainDeviceReceiver::Session {
   std::mutex mutex;
   bool ended = false;  // guarded by mutex, as all below but the thread
+  // Its hello was in order: it is the source, and no other connection takes its place.
+  bool greeted = false;
+  // The connection's socket once more, for whoever ends it while TLS is being set up.
+  UniqueFd socket;
   std::shared_ptr<stream::MessageChannel> channel;
   bool stopped = false;
   std::thread thread;
+
+  void EndLocked() {
+    stopped = true;
+    if (channel) channel->Shutdown();
+    if (socket) ::shutdown(socket.get(), SHUT_RDWR);
+  }
 };
 
 DomainDeviceReceiver::DomainDeviceReceiver(DomainDevices* devices, Options options)
@@ -176,8 +190,7 @@ void DomainDeviceReceiver::Stop() {
   if (!session) return;
   {
     std::lock_guard lock(session->mutex);
-    session->stopped = true;
-    if (session->channel) session->channel->Shutdown();
+    session->EndLocked();
   }
   session->thread.join();
 }
@@ -190,11 +203,20 @@ absl::Status DomainDeviceReceiver::Accept(UniqueFd socket, std::shared_ptr<const
   }
   if (before) {
     std::lock_guard lock(before->mutex);
-    // Nobody waits here for what it is doing.
-    if (!before->ended) return absl::FailedPreconditionError("the source's devices are connected already");
+    // Nobody waits here for what it is doing. One that has not said what it is does nothing: whoever holds
+    // the token and is silent must not keep the source out.
+    if (!before->ended && before->greeted)
+      return absl::FailedPreconditionError("the source's devices are connected already");
+    if (!before->ended) {
+      LOG_WARN("migration {}: a connection for the devices without a hello gives way to a newer one",
+               options_.migration_id);
+      before->EndLocked();
+    }
   }
   Stop();
   auto session = std::make_shared<Session>();
+  session->socket.reset(::fcntl(socket.get(), F_DUPFD_CLOEXEC, 0));
+  if (!session->socket) return ErrnoError(errno, "the source's devices: dup");
   auto shared = std::make_shared<UniqueFd>(std::move(socket));
   std::lock_guard lock(mutex_);
   session->thread = std::thread([this, session, shared, tls] { Serve(session, std::move(*shared), tls); });
@@ -215,7 +237,18 @@ void DomainDeviceReceiver::Serve(const std::shared_ptr<Session>& session, Unique
     }
     auto hello = channel->Receive(greeting);
     if (!hello.ok()) return Annotate(hello.status(), "its hello");
-    RETURN_IF_ERROR(Greet(*channel, *hello));
+    absl::Status checked = CheckHello(*hello);
+    {
+      std::lock_guard lock(session->mutex);
+      if (session->stopped) return absl::OkStatus();
+      session->greeted = checked.ok();
+    }
+    if (!checked.ok()) {
+      // So that the source's side can say why as well; the connection ends either way.
+      (void)SendVerdict(*channel, checked);
+      return checked;
+    }
+    RETURN_IF_ERROR(Welcome(*channel));
     for (;;) {
       auto message = channel->Receive(Deadline::After(kIdle));
       if (absl::IsOutOfRange(message.status())) return absl::OkStatus();
@@ -227,6 +260,7 @@ void DomainDeviceReceiver::Serve(const std::shared_ptr<Session>& session, Unique
   std::lock_guard lock(session->mutex);
   session->ended = true;
   session->channel.reset();
+  session->socket.reset();
   // The source's end takes the connection along.
   if (absl::IsUnavailable(served) || session->stopped) return;
   if (!served.ok())
@@ -254,12 +288,7 @@ absl::Status DomainDeviceReceiver::CheckHello(const v1::PeerMessage& message) co
   return absl::OkStatus();
 }
 
-absl::Status DomainDeviceReceiver::Greet(stream::MessageChannel& channel, const v1::PeerMessage& message) {
-  if (absl::Status checked = CheckHello(message); !checked.ok()) {
-    // So that the source's side can say why as well; the connection ends either way.
-    (void)SendVerdict(channel, checked);
-    return checked;
-  }
+absl::Status DomainDeviceReceiver::Welcome(stream::MessageChannel& channel) {
   v1::PeerMessage out;
   out.mutable_welcome()->set_version(stream::kProtocolVersion);
   if (devices_) {

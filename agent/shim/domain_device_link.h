@@ -77,7 +77,7 @@ class DomainDeviceReceiver {
   struct Options {
     std::string migration_id, run_dir;
     uint64_t epoch = 0;  // of the source
-    // From the connection to the hello; a peer that says nothing keeps the source out for no longer.
+    // From the connection to the hello; a peer that says nothing is let go of after that.
     Duration greeting = std::chrono::seconds(10);
   };
   // `devices` may be null: the domain has no mediated ones.
@@ -86,7 +86,8 @@ class DomainDeviceReceiver {
   DomainDeviceReceiver(const DomainDeviceReceiver&) = delete;
   DomainDeviceReceiver& operator=(const DomainDeviceReceiver&) = delete;
 
-  // Serves a connection until it ends or Stop(); on a thread of its own, one at a time. States are taken only
+  // Serves a connection until it ends or Stop(); on a thread of its own, one at a time: FailedPrecondition
+  // while there is one that has said its hello; one that has not is ended instead. States are taken only
   // after a hello of this migration, epoch and version.
   absl::Status Accept(UniqueFd socket, std::shared_ptr<const stream::TlsContext> tls);
   void Stop();
@@ -96,7 +97,7 @@ class DomainDeviceReceiver {
   void Serve(const std::shared_ptr<Session>& session, UniqueFd socket,
              const std::shared_ptr<const stream::TlsContext>& tls);
   absl::Status CheckHello(const v1::PeerMessage& message) const;
-  absl::Status Greet(stream::MessageChannel& channel, const v1::PeerMessage& message);
+  absl::Status Welcome(stream::MessageChannel& channel);
   absl::Status TakeStates(stream::MessageChannel& channel, const v1::PeerMessage& message);
   absl::Status SendVerdict(stream::MessageChannel& channel, const absl::Status& status);
 

@@ -143,6 +143,62 @@ TEST_F(DomainDeviceLinkTest, SilentPeerIsLetGoOf) {
   EXPECT_TRUE(absl::IsOutOfRange(end.status()) || absl::IsUnavailable(end.status())) << end.status();
 }
 
+TEST_F(DomainDeviceLinkTest, SilentPeerGivesWayToANewerConnection) {
+  DomainDeviceReceiver::Options options = ReceiverOptions();
+  options.greeting = std::chrono::hours(1);
+  DomainDeviceReceiver receiver(nullptr, options);
+  auto silent = Connect(receiver);
+  ASSERT_TRUE(silent.ok()) << silent.status();
+  auto source = Connect(receiver);
+  ASSERT_TRUE(source.ok()) << source.status();
+  auto end = (*silent)->Receive(Soon());
+  EXPECT_TRUE(absl::IsOutOfRange(end.status()) || absl::IsUnavailable(end.status())) << end.status();
+  ASSERT_TRUE((*source)->Send(Hello(kMigration, kEpoch), Soon()).ok());
+  auto welcome = (*source)->Receive(Soon());
+  ASSERT_TRUE(welcome.ok() && welcome->has_welcome()) << welcome.status();
+}
+
+// The same while TLS is being set up: neither a newer connection nor the end waits for it.
+TEST_F(DomainDeviceLinkTest, SilentTlsHandshakeGivesWayAndIsStopped) {
+  const std::string make =
+      "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=h -keyout " +
+      dir_ + "/key -out " + dir_ + "/pem >/dev/null 2>&1";
+  ASSERT_EQ(std::system(make.c_str()), 0);
+  auto tls = stream::TlsContext::Load(dir_ + "/pem", dir_ + "/pem", dir_ + "/key");
+  ASSERT_TRUE(tls.ok()) << tls.status();
+  DomainDeviceReceiver::Options options = ReceiverOptions();
+  options.greeting = std::chrono::hours(1);
+  DomainDeviceReceiver receiver(nullptr, options);
+  UniqueFd ends[2];
+  for (UniqueFd& mine : ends) {
+    int fds[2];
+    ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds), 0);
+    mine.reset(fds[0]);
+    const absl::Status accepted = receiver.Accept(UniqueFd(fds[1]), *tls);
+    ASSERT_TRUE(accepted.ok()) << accepted;
+  }
+  receiver.Stop();
+  for (const UniqueFd& mine : ends) {
+    ASSERT_TRUE(WaitFd(mine.get(), POLLIN, Soon(), "the end").ok());
+    char byte;
+    EXPECT_EQ(::recv(mine.get(), &byte, 1, MSG_DONTWAIT), 0);
+  }
+}
+
+// The source itself is not pushed out by whoever comes later.
+TEST_F(DomainDeviceLinkTest, OneThatHasSaidItsHelloStays) {
+  DomainDeviceReceiver receiver(nullptr, ReceiverOptions());
+  auto source = Connect(receiver);
+  ASSERT_TRUE(source.ok()) << source.status();
+  ASSERT_TRUE((*source)->Send(Hello(kMigration, kEpoch), Soon()).ok());
+  ASSERT_TRUE((*source)->Receive(Soon()).ok());
+  const absl::Status later = Connect(receiver).status();
+  EXPECT_EQ(later.code(), absl::StatusCode::kFailedPrecondition) << later;
+  ASSERT_TRUE((*source)->Send(States(), Soon()).ok());
+  auto answer = (*source)->Receive(Soon());
+  EXPECT_TRUE(answer.ok() && answer->has_verdict()) << answer.status();
+}
+
 // Both ends: the source hears why, with the reason that lets it end the migration.
 TEST_F(DomainDeviceLinkTest, SourceOfAnotherEpochHearsWhy) {
   const std::string path = dir_ + "/peer.sock";
