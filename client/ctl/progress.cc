@@ -20,11 +20,15 @@ std::string Elapsed(const v1::Migration& m, int64_t at_ns) {
   return fmt::format("+{:.3f}s", seconds);
 }
 
+// In less than this a round shows neither what the connection carries nor how fast the guest writes.
+constexpr Duration kTellingRound = std::chrono::milliseconds(100);
+
 std::string RoundLine(const v1::RoundStats& r) {
   std::string line = fmt::format("round {}: sent {} in {}", r.number(), FormatBytes(r.bytes()),
                                  FormatDuration(r.duration()));
-  if (r.rate() > 0) line += fmt::format(" ({})", FormatRate(r.rate()));
-  if (r.dirty_rate() > 0) line += fmt::format(", dirtied {}", FormatRate(r.dirty_rate() * 4096));
+  const bool telling = ToDuration(r.duration()) >= kTellingRound;
+  if (telling && r.rate() > 0) line += fmt::format(" ({})", FormatRate(r.rate()));
+  if (telling && r.dirty_rate() > 0) line += fmt::format(", dirtied {}", FormatRate(r.dirty_rate() * 4096));
   if (r.has_forecast_downtime())
     line += fmt::format(", forecast blackout {}", FormatDuration(r.forecast_downtime()));
   return line;

@@ -48,6 +48,22 @@ v1::Migration Running() {
   return m;
 }
 
+// 64 KiB in 0.2 ms are no 312 MiB/s.
+TEST(ProgressLog, BurstHasNoRate) {
+  ProgressLog log;
+  v1::Migration m = Running();
+  log.Update(m);
+  v1::RoundStats* burst = m.mutable_progress()->add_rounds();
+  burst->set_number(1);
+  burst->mutable_duration()->set_nanos(200000);
+  burst->set_bytes(64 << 10);
+  burst->set_rate(uint64_t{64 << 10} * 5000);
+  burst->set_dirty_rate(80000);
+  const std::vector<std::string> lines = log.Update(m);
+  ASSERT_EQ(lines.size(), 1u);
+  EXPECT_THAT(lines[0], testing::EndsWith("round 1: sent 64.0 KiB in 200 us"));
+}
+
 TEST(ProgressLog, TellsEachThingOnce_InTheOrderItHappened) {
   ProgressLog log;
   v1::Migration m = Running();
