@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "agent/migration/convergence.h"
+#include "agent/migration/rate_meter.h"
 #include "agent/migration/source.h"
 #include "agent/migration/verdict_asker.h"
 #include "agent/migration/wake_fd.h"
@@ -98,6 +99,8 @@ class OutgoingMigration::Impl {
   void StopTracking();
   void RecordStops();
   void Record(const RoundSample& sample, const ConvergenceDecision& decision);
+  // Bytes of guest memory a second, over the last second; nothing while that is not known yet.
+  std::optional<uint64_t> PresentRate();
   void TickProgress();
   void FillCounts(v1::Progress& progress);
   void FillDowntimes(const v1::Resumed& resumed);
@@ -148,9 +151,7 @@ class OutgoingMigration::Impl {
   absl::Status refusal_;  // what the destination said when it was asked
   Clock::time_point started_{};
   std::atomic<uint64_t> hole_bytes_{0}, hint_bytes_{0}, state_bytes_{0};
-  // Of the monitor's thread, for the present rate.
-  uint64_t last_sent_ = 0;
-  Clock::time_point last_rate_at_{};
+  RateMeter rate_{std::chrono::seconds(1)};  // guarded by mutex_
 
   std::thread thread_, monitor_;
 };

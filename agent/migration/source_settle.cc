@@ -266,30 +266,23 @@ void OutgoingMigration::Impl::RecordStops() {
   });
 }
 
+std::optional<uint64_t> OutgoingMigration::Impl::PresentRate() {
+  std::lock_guard lock(mutex_);
+  if (!sender_) return std::nullopt;
+  const v1::ByteCounts counts = sender_->counts();
+  return rate_.Sample(Clock::now(), counts.data() + counts.zero());
+}
+
 void OutgoingMigration::Impl::TickProgress() {
-  stream::MemorySender* sender;
-  {
-    std::lock_guard lock(mutex_);
-    sender = sender_.get();
-  }
-  if (sender == nullptr) return;
-  const v1::ByteCounts counts = sender->counts();
-  const uint64_t sent = counts.data() + counts.zero();
-  const Clock::time_point now = Clock::now();
-  const double elapsed = std::chrono::duration<double>(now - last_rate_at_).count();
-  const uint64_t rate = last_rate_at_ == Clock::time_point{} || elapsed <= 0
-                            ? 0
-                            : static_cast<uint64_t>(static_cast<double>(sent - last_sent_) / elapsed);
-  last_sent_ = sent;
-  last_rate_at_ = now;
+  const std::optional<uint64_t> rate = PresentRate();
   reporter_.Tick([&](v1::Progress& progress) {
     FillCounts(progress);
-    if (rate > 0) {
-      progress.set_rate(rate);
-      SetDuration(progress.mutable_forecast_remaining(),
-                  std::chrono::duration_cast<Duration>(std::chrono::duration<double>(
-                      static_cast<double>(progress.remaining()) / static_cast<double>(rate))));
-    }
+    if (!rate) return;
+    progress.set_rate(*rate);
+    if (*rate == 0) return;
+    SetDuration(progress.mutable_forecast_remaining(),
+                std::chrono::duration_cast<Duration>(std::chrono::duration<double>(
+                    static_cast<double>(progress.remaining()) / static_cast<double>(*rate))));
   });
 }
 
@@ -298,6 +291,7 @@ void OutgoingMigration::Impl::Record(const RoundSample& sample, const Convergenc
            sample.round, sample.bytes,
            std::chrono::duration_cast<std::chrono::milliseconds>(sample.duration).count(), sample.dirty_bytes,
            ActionName(decision.action), decision.why);
+  const std::optional<uint64_t> rate = PresentRate();
   reporter_.Update([&](v1::SideReport& r) {
     v1::Progress* progress = r.mutable_progress();
     FillCounts(*progress);
@@ -310,7 +304,8 @@ void OutgoingMigration::Impl::Record(const RoundSample& sample, const Convergenc
     round->set_rate(static_cast<uint64_t>(static_cast<double>(sample.bytes) / seconds));
     round->set_dirty_rate(decision.dirty_rate / memory::kPageSize);
     SetDuration(round->mutable_forecast_downtime(), decision.forecast);
-    progress->set_rate(decision.rate);
+    // What the round shows of the connection is the forecast's; a short one is a burst.
+    progress->set_rate(rate.value_or(decision.rate));
     progress->set_dirty_rate(decision.dirty_rate);
     progress->set_remaining(sample.dirty_bytes);
     SetDuration(progress->mutable_forecast_downtime(), decision.forecast);
