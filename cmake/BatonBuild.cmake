@@ -77,6 +77,9 @@ function(baton_library name)
   target_link_libraries(${name} PUBLIC ${ARG_DEPS})
 endfunction()
 
+# A test of real programs is started by baton-lab-contain: nothing that it started outlives it, however it ends.
+set(baton_contain $<TARGET_FILE:baton-lab-contain>)
+
 # baton_test(NAME SRCS a_test.cc ... DEPS lib ... [LABELS unit] [TIMEOUT s]): a GoogleTest binary known to ctest as a
 # whole; its cases are counted by gtest, its run by ctest.
 function(baton_test name)
@@ -107,7 +110,12 @@ function(baton_test name)
       target_compile_options(${name} PRIVATE -fno-sanitize=undefined)
     endif()
   endif()
-  add_test(NAME ${name} COMMAND ${name})
+  if("unit" IN_LIST ARG_LABELS)
+    add_test(NAME ${name} COMMAND ${name})
+  else()
+    add_dependencies(${name} baton-lab-contain)
+    add_test(NAME ${name} COMMAND ${baton_contain} $<TARGET_FILE:${name}>)
+  endif()
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT}
     ENVIRONMENT "${baton_test_environment}")
 endfunction()

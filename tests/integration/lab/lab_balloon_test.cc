@@ -45,8 +45,8 @@ struct Listener final : memory::HintListener {
 
 class LabBalloon : public testing::Test {
  protected:
-  LabBalloon() : dir_(testing::TempDir() + "lab-balloon-" + std::to_string(::getpid())) {
-    std::filesystem::create_directories(dir_);
+  LabBalloon() : dir_(testing::TempDir() + "lab-balloon-XXXXXX") {
+    EXPECT_NE(::mkdtemp(dir_.data()), nullptr);
     std::ofstream(dir_ + "/mem").close();
     std::filesystem::resize_file(dir_ + "/mem", kGuestBytes);
     std::vector<memory::RamBlock> blocks;
@@ -89,7 +89,7 @@ class LabBalloon : public testing::Test {
     return asked.ok() && listener.Await();
   }
 
-  const std::string dir_;
+  std::string dir_;
   std::optional<memory::GuestRam> ram_;
   std::unique_ptr<vhost::BalloonBackend> balloon_;
   std::unique_ptr<LabGuest> guest_;
