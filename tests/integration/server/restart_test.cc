@@ -57,6 +57,13 @@ class RestartTest : public ::testing::Test {
     Report(*a_, v1::ROLE_SOURCE, v1::SUCCEEDED, v1::RELEASED, false, true, v1::NONE);
     a_->RemoveVm("web1");
   }
+  // Everything that the agents tell of a migration that succeeds, once its source was told to start.
+  void MoveOver() {
+    Precopy();
+    Yield();
+    Own();
+    Release();
+  }
   void ExpectSuccess() {
     v1::Migration end = watcher_->AwaitPhase(v1::SUCCEEDED);
     EXPECT_EQ(end.phase(), v1::SUCCEEDED) << end.DebugString();
@@ -157,10 +164,7 @@ TEST_F(RestartTest, KilledWhileInspecting) {
   ASSERT_TRUE(a_->AwaitCommand(Kind::kInspectVm, 2));
   a_->Release(Kind::kInspectVm);
   ASSERT_TRUE(a_->AwaitCommand(Kind::kStartOutgoing));
-  Precopy();
-  Yield();
-  Own();
-  Release();
+  MoveOver();
   ExpectSuccess();
 }
 
@@ -172,10 +176,7 @@ TEST_F(RestartTest, KilledWhileTheDestinationPrepares) {
   ASSERT_TRUE(b_->AwaitCommand(Kind::kPrepareIncoming, 2));
   b_->Release(Kind::kPrepareIncoming);
   ASSERT_TRUE(a_->AwaitCommand(Kind::kStartOutgoing));
-  Precopy();
-  Yield();
-  Own();
-  Release();
+  MoveOver();
   ExpectSuccess();
 }
 
@@ -187,10 +188,7 @@ TEST_F(RestartTest, KilledWhileTheSourceStarts) {
   ASSERT_TRUE(a_->AwaitCommand(Kind::kStartOutgoing, 2));
   EXPECT_EQ(a_->LastCommand(Kind::kStartOutgoing).start_outgoing().token(), std::string(32, 't'));
   a_->Release(Kind::kStartOutgoing);
-  Precopy();
-  Yield();
-  Own();
-  Release();
+  MoveOver();
   ExpectSuccess();
 }
 
@@ -221,10 +219,7 @@ TEST_F(RestartTest, TheWholeMigrationHappensWithoutBatond) {
   Create();
   ASSERT_TRUE(a_->AwaitCommand(Kind::kStartOutgoing));
   batond_.Kill();
-  Precopy();
-  Yield();
-  Own();
-  Release();
+  MoveOver();
   ASSERT_TRUE(batond_.Start().ok());
   ExpectSuccess();
 }
