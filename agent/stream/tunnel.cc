@@ -10,6 +10,7 @@
 #include <mutex>
 #include <thread>
 
+#include "absl/cleanup/cleanup.h"
 #include "agent/stream/tunnel_relay.h"
 #include "common/unix_socket.h"
 
@@ -121,16 +122,13 @@ class TunnelEntrance::Impl {
       return ReceiveTunnelAnswer(relay->channel(), deadline);
     }();
     auto program = std::make_shared<UniqueFd>(std::move(local));
-    const auto done = [this, relay] {
-      if (relay) connections_.Remove(relay);
-      connections_.Release();
-    };
-    if (connected.ok() && connections_.Launch([this, service, relay, program, done] {
+    if (connected.ok() && connections_.Launch([this, service, relay, program] {
           connections_.Relay(service, relay, std::move(*program));
-          done();
+          connections_.Remove(relay);
         }))
       return absl::OkStatus();
-    done();
+    if (relay) connections_.Remove(relay);
+    connections_.Release();
     return connected;
   }
 
@@ -193,12 +191,13 @@ class TunnelExit::Impl {
     if (absl::Status room = connections_.Reserve(); !room.ok()) return connections_.Broken(service, room);
     const bool launched = connections_.Launch([this, service, open = std::move(open)] {
       if (absl::Status served = Connect(service, open); !served.ok()) connections_.Broken(service, served);
-      connections_.Release();
     });
     if (!launched) connections_.Release();
   }
 
+  // In the room that was reserved, which it gives back.
   absl::Status Connect(TunnelService service, const Opener& open) {
+    absl::Cleanup room = [this] { connections_.Release(); };
     const Deadline deadline = Deadline::After(options_.connect_timeout);
     ASSIGN_OR_RETURN(auto channel, open(deadline));
     auto relay =
@@ -215,6 +214,7 @@ class TunnelExit::Impl {
     // What went wrong is told in any case, to both sides.
     absl::Status answered = SendTunnelAnswer(relay->channel(), connected, deadline);
     if (connected.ok() && answered.ok()) {
+      std::move(room).Cancel();
       connections_.Relay(service, relay, std::move(local));
     }
     connections_.Remove(relay);

@@ -328,6 +328,8 @@ void TunnelConnections::Relay(TunnelService service, const std::shared_ptr<Tunne
   ++counters.opened;
   ++counters.active;
   absl::Status ended = relay->Run(std::move(local));
+  // In this order: who sees one connection less finds room for another.
+  Release();
   --counters.active;
   if (!ended.ok()) Broken(service, ended);
   if (!callbacks_.on_idle || stopping()) return;

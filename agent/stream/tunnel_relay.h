@@ -78,7 +78,7 @@ class TunnelConnections {
   ~TunnelConnections() { Stop(); }
 
   // Room for one more connection. ResourceExhausted, or Cancelled after Stop(). Every OK is followed by
-  // Release().
+  // Release(), or by Relay(), which calls it.
   absl::Status Reserve();
   void Release();
   // Lets Stop() reach a relay that waits. False after Stop(): it was stopped.
