@@ -54,9 +54,11 @@ class CuttingProxy {
     std::lock_guard lock(mutex_);
     accept_ = std::move(accept);
   }
+  // The one before is not running any more when this returns.
   void set_filter(Filter filter) {
-    std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     filter_ = std::move(filter);
+    filtered_.wait(lock, [this] { return filtering_ == 0; });
   }
   // The first bytes of each memory channel, or the next message of channel 0 in one direction, become ones
   // that mean nothing. While set, and not for verdict queries.
@@ -139,6 +141,21 @@ class CuttingProxy {
     size_t target_ = SIZE_MAX;
   };
 
+  bool Passes(bool to_destination, const v1::PeerMessage& message) {
+    Filter filter;
+    {
+      std::lock_guard lock(mutex_);
+      if (!filter_) return true;
+      filter = filter_;
+      ++filtering_;
+    }
+    const bool passes = filter(to_destination, message);
+    std::lock_guard lock(mutex_);
+    --filtering_;
+    filtered_.notify_all();
+    return passes;
+  }
+
   // `mine`: the damage that would be done here.
   void Pump(int from, int to, bool control, bool to_destination, Damage mine) {
     bool first = true;
@@ -176,12 +193,7 @@ class CuttingProxy {
       while (pending.size() >= 4 && (std::memcpy(&length, pending.data(), 4), pending.size() >= 4 + length)) {
         v1::PeerMessage message;
         (void)message.ParseFromArray(pending.data() + 4, static_cast<int>(length));
-        Filter filter;
-        {
-          std::lock_guard lock(mutex_);
-          filter = filter_;
-        }
-        if (!message.has_clock() && filter && !filter(to_destination, message)) {
+        if (!message.has_clock() && !Passes(to_destination, message)) {
           Cut();
           return;
         }
@@ -198,9 +210,11 @@ class CuttingProxy {
   WakeFd stop_;
   std::mutex mutex_;
   std::condition_variable asked_;
-  int queries_ = 0;               // guarded by mutex_
-  Accept accept_;                 // guarded by mutex_
-  Filter filter_;                 // guarded by mutex_
+  int queries_ = 0;    // guarded by mutex_
+  Accept accept_;      // guarded by mutex_
+  Filter filter_;      // guarded by mutex_
+  int filtering_ = 0;  // calls of a filter; guarded by mutex_
+  std::condition_variable filtered_;
   std::list<UniqueFd> sockets_;   // guarded by mutex_
   std::list<std::thread> pumps_;  // of the serving thread until it was joined
   std::thread thread_;

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <functional>
+#include <future>
 #include <thread>
 
 #include "tests/unit/migration/engine_testing.h"
@@ -92,6 +93,8 @@ class BlowTest : public EngineTest, public testing::WithParamInterface<Blow> {
   bool Run(int at) {
     std::atomic<int> seen{0};
     std::atomic<bool> struck{false}, cut_next{false};
+    std::promise<void> started;  // the first message may pass before out_ is there
+    const std::shared_future<void> have_source = started.get_future().share();
     Prepare("m1");
     proxy_.set_filter([&](bool, const v1::PeerMessage&) {
       if (cut_next.exchange(false)) return false;
@@ -99,6 +102,7 @@ class BlowTest : public EngineTest, public testing::WithParamInterface<Blow> {
       struck = true;
       switch (GetParam()) {
         case Blow::kCancel:
+          have_source.wait();
           (void)out_->Cancel();
           return true;
         case Blow::kAbortDestination:
@@ -114,8 +118,11 @@ class BlowTest : public EngineTest, public testing::WithParamInterface<Blow> {
     });
     StartDestination();
     StartSource();
+    started.set_value();
     const auto source = SourceEnd();
     const auto destination = DestinationEnd();
+    // It uses what is local here, and a message may still be on its way.
+    proxy_.set_filter(nullptr);
     const bool moved = source == OutgoingMigration::Outcome::kReleased;
     EXPECT_EQ(destination, moved ? IncomingMigration::Outcome::kOwner : IncomingMigration::Outcome::kRefused)
         << out_->report().ShortDebugString() << in_->report().ShortDebugString();

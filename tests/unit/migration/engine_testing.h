@@ -35,6 +35,7 @@ class EngineTest : public testing::Test {
     source_ = std::make_unique<Host>(true, std::vector<JournalRecord>{{JournalRecord::Kind::kOwner, 1, ""}});
   }
   ~EngineTest() override {
+    proxy_.set_filter(nullptr);
     proxy_.set_accept(nullptr);
     out_.reset();
     in_.reset();
