@@ -171,6 +171,17 @@ class MigrationTest : public testing::Test {
     return host.WaitReport([&](const v1::SideReport& r) { return r.migration_id() == id && r.done(); },
                            Soon());
   }
+  // Boots a guest at a_ and starts its migration "m" to b_, whose source waits at `point`.
+  void MoveUntil(const std::string& point) {
+    BootAt(*a_, point);
+    if (HasFatalFailure()) return;
+    Prepare(*a_, *b_, "m");
+    if (HasFatalFailure()) return;
+    absl::Status started = StartOutgoing(*a_, "m");
+    ASSERT_TRUE(started.ok()) << started;
+    absl::Status paused = a_->WaitPause(point, Soon());
+    ASSERT_TRUE(paused.ok()) << paused;
+  }
   // The whole way; afterwards the guest runs at `to`, and the shim of `from` has left.
   void Move(ShimHost& from, ShimHost& to, const std::string& id) {
     Prepare(from, to, id);
@@ -320,12 +331,8 @@ TEST_F(MigrationTest, SilentBackend_DrainTimesOutAndTheGuestGoesOn) {
 }
 
 TEST_F(MigrationTest, SourceShimKilledInPrecopy_IsAdoptedAndSaysSo) {
-  BootAt(*a_, "precopy");
+  MoveUntil("precopy");
   if (HasFatalFailure()) return;
-  Prepare(*a_, *b_, "m");
-  if (HasFatalFailure()) return;
-  ASSERT_TRUE(StartOutgoing(*a_, "m").ok());
-  ASSERT_TRUE(a_->WaitPause("precopy", Soon()).ok());
   a_->KillShim();
   auto destination = WaitDone(*b_, "m");
   ASSERT_TRUE(destination.ok()) << destination.status();
@@ -341,13 +348,8 @@ TEST_F(MigrationTest, SourceShimKilledInPrecopy_IsAdoptedAndSaysSo) {
 }
 
 TEST_F(MigrationTest, SourceShimKilledWhenYielded_NextShimHearsTheVerdict) {
-  BootAt(*a_, "yielded");
+  MoveUntil("yielded");
   if (HasFatalFailure()) return;
-  Prepare(*a_, *b_, "m");
-  if (HasFatalFailure()) return;
-  ASSERT_TRUE(StartOutgoing(*a_, "m").ok());
-  absl::Status paused = a_->WaitPause("yielded", Soon());
-  ASSERT_TRUE(paused.ok()) << paused;
   a_->KillShim();
   a_->Continue("yielded");
   auto destination = WaitDone(*b_, "m");
@@ -388,12 +390,8 @@ TEST_F(MigrationTest, DestinationShimKilledAfterOwner_NextShimStartsTheGuest) {
 }
 
 TEST_F(MigrationTest, DestinationQemuKilled_GuestGoesOnAtTheSource) {
-  BootAt(*a_, "precopy");
+  MoveUntil("precopy");
   if (HasFatalFailure()) return;
-  Prepare(*a_, *b_, "m");
-  if (HasFatalFailure()) return;
-  ASSERT_TRUE(StartOutgoing(*a_, "m").ok());
-  ASSERT_TRUE(a_->WaitPause("precopy", Soon()).ok());
   ::kill(static_cast<pid_t>(b_->ReadConfig()->vmm_pid()), SIGKILL);
   auto destination = WaitDone(*b_, "m");
   ASSERT_TRUE(destination.ok()) << destination.status();
@@ -407,12 +405,8 @@ TEST_F(MigrationTest, DestinationQemuKilled_GuestGoesOnAtTheSource) {
 }
 
 TEST_F(MigrationTest, SourceQemuKilledInPrecopy_IsReportedAsLost) {
-  BootAt(*a_, "precopy");
+  MoveUntil("precopy");
   if (HasFatalFailure()) return;
-  Prepare(*a_, *b_, "m");
-  if (HasFatalFailure()) return;
-  ASSERT_TRUE(StartOutgoing(*a_, "m").ok());
-  ASSERT_TRUE(a_->WaitPause("precopy", Soon()).ok());
   ::kill(static_cast<pid_t>(a_->ReadConfig()->vmm_pid()), SIGKILL);
   a_->Continue("precopy");
   auto source = WaitDone(*a_, "m");
