@@ -55,6 +55,8 @@ class Hostile : public MediatorFixture {
     good.Submit(0, true, 1, 0x5a);
     EXPECT_TRUE(good.AwaitUsed(1)) << mediator_->Describe().ShortDebugString();
     mediator_.reset();
+    // The back-end logs, too, when its front-end leaves.
+    backend_.reset();
     spdlog::set_default_logger(previous_);
   }
   // The mediator closes the connection and says why, once.
