@@ -28,7 +28,7 @@ absl::Status SyncDirectoryOf(const std::string& path) {
   return absl::OkStatus();
 }
 
-absl::Status WriteAndSync(const std::string& path, const std::string& content) {
+absl::Status Write(const std::string& path, const std::string& content, bool sync) {
   UniqueFd fd(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600));
   if (!fd) return Failed(errno, path);
   size_t done = 0;
@@ -38,15 +38,13 @@ absl::Status WriteAndSync(const std::string& path, const std::string& content) {
     if (n < 0) return Failed(errno, path);
     done += static_cast<size_t>(n);
   }
-  if (::fsync(fd.get()) != 0) return Failed(errno, "fsync " + path);
+  if (sync && ::fsync(fd.get()) != 0) return Failed(errno, "fsync " + path);
   return absl::OkStatus();
 }
 
-}  // namespace
-
-absl::Status WriteFileDurable(const std::string& path, const std::string& content) {
+absl::Status Replace(const std::string& path, const std::string& content, bool sync) {
   std::string temporary = path + ".new";
-  if (absl::Status status = WriteAndSync(temporary, content); !status.ok()) {
+  if (absl::Status status = Write(temporary, content, sync); !status.ok()) {
     ::unlink(temporary.c_str());
     return status;
   }
@@ -55,11 +53,33 @@ absl::Status WriteFileDurable(const std::string& path, const std::string& conten
     ::unlink(temporary.c_str());
     return Failed(error, path);
   }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status WriteFileDurable(const std::string& path, const std::string& content) {
+  RETURN_IF_ERROR(Replace(path, content, /*sync=*/true));
   return SyncDirectoryOf(path);
 }
 
 absl::Status WriteMessageDurable(const std::string& path, const google::protobuf::MessageLite& message) {
   return WriteFileDurable(path, message.SerializeAsString());
+}
+
+absl::Status WriteFileSoon(const std::string& path, const std::string& content) {
+  return Replace(path, content, /*sync=*/false);
+}
+
+absl::Status WriteMessageSoon(const std::string& path, const google::protobuf::MessageLite& message) {
+  return WriteFileSoon(path, message.SerializeAsString());
+}
+
+absl::Status SyncFile(const std::string& path) {
+  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW));
+  if (!fd) return Failed(errno, path);
+  if (::fsync(fd.get()) != 0) return Failed(errno, "fsync " + path);
+  return SyncDirectoryOf(path);
 }
 
 absl::Status ReadMessage(const std::string& path, google::protobuf::MessageLite* message) {

@@ -14,6 +14,12 @@ namespace baton {
 // untouched.
 absl::Status WriteFileDurable(const std::string& path, const std::string& content);
 absl::Status WriteMessageDurable(const std::string& path, const google::protobuf::MessageLite& message);
+// The same without waiting for the disk: every program sees the new content from now on, and a crash of the
+// host may leave the old one or an empty file until SyncFile() has returned.
+absl::Status WriteFileSoon(const std::string& path, const std::string& content);
+absl::Status WriteMessageSoon(const std::string& path, const google::protobuf::MessageLite& message);
+// Makes durable what was written like that: the file and its entry in the directory.
+absl::Status SyncFile(const std::string& path);
 // NotFound, PermissionDenied, or DataLoss if it does not parse. At most 16 MiB.
 absl::Status ReadMessage(const std::string& path, google::protobuf::MessageLite* message);
 // unlink and fsync of the directory. OK if it was not there.

@@ -222,9 +222,7 @@ absl::StatusOr<v1::Prepared> DomainManager::PrepareLocked(Locked locked, const P
     conf.mutable_domain_host()->set_name(command.source().vm().domain().name());
     AddMediated(plan.mediated, &conf);
     RETURN_IF_ERROR(MakeImages(plan, conf.domain_host(), deadline));
-    entry->set_conf(conf);
-    RETURN_IF_ERROR(store_.Write(plan.uuid, conf));
-    RETURN_IF_ERROR(Launch(entry, deadline));
+    RETURN_IF_ERROR(LaunchWith(entry, conf, deadline));
     return entry->AwaitStatus(
         [](const v1::ShimStatus& status) {
           return status.incoming_ready() || status.vm().state() == v1::Vm::STOPPED;

@@ -210,7 +210,7 @@ void DomainManager::OnEvent(const EntryPtr& entry, const v1::ShimReply& event) {
 void DomainManager::OnReport(const EntryPtr& entry, const v1::SideReport& report) {
   if (report.migration_id().empty()) return;
   const auto before = parts_.reports.Find(report.migration_id(), report.role());
-  std::optional<v1::SideReport> fresh = parts_.reports.Update(report);
+  std::optional<v1::SideReport> fresh = parts_.reports.Take(report);
   const bool turned = fresh && (!before || before->handover() != fresh->handover());
   if (report.role() == v1::ROLE_SOURCE && report.handover() == v1::RELEASED &&
       !entry->finished(report.migration_id())) {
@@ -222,6 +222,7 @@ void DomainManager::OnReport(const EntryPtr& entry, const v1::SideReport& report
     // The owner first: whoever hears of the end finds the domain where it is.
     if (turned) Tell(entry->name());
     events_.on_report(*fresh);
+    parts_.reports.Keep(report.migration_id(), report.role());
     if (fresh->done()) {
       parts_.metrics.CountMigration(*fresh);
       LOG_INFO("migration {}: {} of vms/{} here has ended: {} {} {}", fresh->migration_id(),
@@ -283,13 +284,21 @@ absl::StatusOr<v1::ShimConfig> DomainManager::MakeConfig(const std::string& uuid
   return conf;
 }
 
-absl::Status DomainManager::Launch(const EntryPtr& entry, Deadline deadline) {
+absl::Status DomainManager::LaunchWith(const EntryPtr& entry, const v1::ShimConfig& conf, Deadline deadline) {
+  entry->set_conf(conf);
+  RETURN_IF_ERROR(store_.WriteSoon(entry->name(), conf));
+  return Launch(entry, deadline, /*fresh=*/true);
+}
+
+absl::Status DomainManager::Launch(const EntryPtr& entry, Deadline deadline, bool fresh) {
   entry->Disconnect();
   entry->set_ending(false);
   auto process = parts_.launcher.Start(entry->name(), entry->paths());
   if (!process.ok()) return process.status();
   entry->set_shim(*process);
   parts_.metrics.CountShimStart("domain");
+  // Durable before anybody is told of the shim, while it starts.
+  if (fresh) RETURN_IF_ERROR(store_.Sync(entry->name()));
   absl::Status connected = entry->Connect(CallbacksFor(entry), deadline);
   if (connected.ok()) return connected;
   const std::string log = TailOfShimLog(entry->paths());
@@ -395,9 +404,7 @@ absl::Status DomainManager::StartOutgoing(const v1::StartOutgoingCommand& comman
     if (!entry->connected()) {
       ASSIGN_OR_RETURN(v1::ShimConfig conf, MakeConfig(uuid, command.vm()));
       conf.mutable_domain_host()->set_disks_shared(shared);
-      entry->set_conf(conf);
-      RETURN_IF_ERROR(store_.Write(uuid, conf));
-      RETURN_IF_ERROR(Launch(entry, deadline));
+      RETURN_IF_ERROR(LaunchWith(entry, conf, deadline));
     }
     v1::ShimRequest request;
     *request.mutable_start_outgoing() = command;

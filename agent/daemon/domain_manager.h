@@ -109,7 +109,10 @@ class DomainManager {
 
   // --- with the entry's operation lock held ---
   absl::StatusOr<v1::ShimConfig> MakeConfig(const std::string& uuid, const std::string& vm) const;
-  absl::Status Launch(const EntryPtr& entry, Deadline deadline);
+  // A shim of its own configuration, durable when it returns.
+  absl::Status LaunchWith(const EntryPtr& entry, const v1::ShimConfig& conf, Deadline deadline);
+  // `fresh`: the configuration was written and is not durable yet.
+  absl::Status Launch(const EntryPtr& entry, Deadline deadline, bool fresh = false);
   void OnShimGone(const EntryPtr& entry, int attempt);
   void Retire(const EntryPtr& entry, const std::string& why);
   void Remove(const EntryPtr& entry);

@@ -158,9 +158,7 @@ absl::Status DomainManager::Serve(const std::string& uuid, const std::string& vm
     locked.lock.unlock();
     return Serve(uuid, vm, name, wanted, deadline);
   }
-  entry->set_conf(conf);
-  absl::Status started = store_.Write(uuid, conf);
-  if (started.ok()) started = Launch(entry, deadline);
+  absl::Status started = LaunchWith(entry, conf, deadline);
   if (started.ok()) {
     started = entry->AwaitStatus(
         [&](const v1::ShimStatus& status) {

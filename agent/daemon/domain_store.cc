@@ -42,11 +42,15 @@ absl::StatusOr<v1::ShimConfig> DomainStore::Read(const std::string& uuid) const 
   return config;
 }
 
-absl::Status DomainStore::Write(const std::string& uuid, const v1::ShimConfig& config) const {
+absl::Status DomainStore::WriteSoon(const std::string& uuid, const v1::ShimConfig& config) const {
   const VmPaths paths = DomainPathsOf(config_, uuid);
   RETURN_IF_ERROR(MakeDirectories(paths.state_dir));
   RETURN_IF_ERROR(MakeDirectories(paths.run_dir));
-  return WriteMessageDurable(paths.conf, config);
+  return WriteMessageSoon(paths.conf, config);
+}
+
+absl::Status DomainStore::Sync(const std::string& uuid) const {
+  return SyncFile(DomainPathsOf(config_, uuid).conf);
 }
 
 absl::StatusOr<migration::Ownership> DomainStore::OwnershipOf(const std::string& uuid) const {

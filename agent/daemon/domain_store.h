@@ -21,7 +21,9 @@ class DomainStore {
   // Of the domains that have a shim.conf.
   absl::StatusOr<std::vector<std::string>> List() const;
   absl::StatusOr<v1::ShimConfig> Read(const std::string& uuid) const;
-  absl::Status Write(const std::string& uuid, const v1::ShimConfig& config) const;
+  // For a shim that is to start; durable after Sync().
+  absl::Status WriteSoon(const std::string& uuid, const v1::ShimConfig& config) const;
+  absl::Status Sync(const std::string& uuid) const;
   // kNothing if there is no journal. DataLoss if it is corrupt.
   absl::StatusOr<migration::Ownership> OwnershipOf(const std::string& uuid) const;
   // OWNER, REFUSED or IDLE, as the journal has it.

@@ -46,6 +46,13 @@ absl::Status ReportStore::Load() {
 }
 
 std::optional<v1::SideReport> ReportStore::Update(v1::SideReport report) {
+  const Key key{report.migration_id(), report.role()};
+  auto fresh = Take(std::move(report));
+  Keep(key.first, key.second);
+  return fresh;
+}
+
+std::optional<v1::SideReport> ReportStore::Take(v1::SideReport report) {
   std::lock_guard lock(mutex_);
   Key key{report.migration_id(), report.role()};
   auto found = reports_.find(key);
@@ -61,11 +68,18 @@ std::optional<v1::SideReport> ReportStore::Update(v1::SideReport report) {
     report.set_sequence(1);
   }
   reports_[key] = report;
-  if (persist && SafeReportName(report.migration_id())) {
-    absl::Status written = WriteMessageDurable(FileOf(key), report);
-    if (!written.ok()) LOG_ERROR("report cannot be kept: {}", Message(written));
-  }
+  if (persist && SafeReportName(report.migration_id())) unwritten_.insert(key);
   return report;
+}
+
+void ReportStore::Keep(const std::string& migration_id, v1::Role role) {
+  std::lock_guard lock(mutex_);
+  const Key key{migration_id, role};
+  // One that was acknowledged meanwhile is gone.
+  auto found = reports_.find(key);
+  if (unwritten_.erase(key) == 0 || found == reports_.end()) return;
+  absl::Status written = WriteMessageDurable(FileOf(key), found->second);
+  if (!written.ok()) LOG_ERROR("report cannot be kept: {}", Message(written));
 }
 
 bool ReportStore::Acknowledge(const std::string& migration_id, v1::Role role, uint64_t sequence) {

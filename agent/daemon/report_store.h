@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,8 +15,8 @@
 
 namespace baton::daemon {
 
-// Thread-safe. A report is written durably when it is final or when phase or handover changed; figures in
-// between are kept in memory only.
+// Thread-safe. A report is to be written durably when it is final or when phase or handover changed; figures
+// in between are kept in memory only.
 class ReportStore {
  public:
   explicit ReportStore(std::string directory) : directory_(std::move(directory)) {}
@@ -27,6 +28,11 @@ class ReportStore {
   // report: then, and for an identical repetition of what is stored, nullopt. A failing disk is logged, and
   // the report kept in memory: it can still reach batond.
   std::optional<v1::SideReport> Update(v1::SideReport report);
+  // The same without the disk, for whoever tells first and keeps then: what batond hears before that is what
+  // a shim has said from its journal, and will say again to the next agent. Keep() must follow.
+  std::optional<v1::SideReport> Take(v1::SideReport report);
+  // Writes the newest report of a side, if Take() has left something to be written.
+  void Keep(const std::string& migration_id, v1::Role role);
   // Forgets a final report up to that sequence number; true if it did.
   bool Acknowledge(const std::string& migration_id, v1::Role role, uint64_t sequence);
 
@@ -41,6 +47,7 @@ class ReportStore {
   const std::string directory_;
   mutable std::mutex mutex_;
   std::map<Key, v1::SideReport> reports_;  // guarded by mutex_
+  std::set<Key> unwritten_;                // guarded by mutex_
 };
 
 }  // namespace baton::daemon

@@ -42,13 +42,24 @@ void Reporter::Tick(const std::function<void(v1::Progress&)>& change) {
   Publish();
 }
 
-void Reporter::EnterPhase(v1::Phase phase) {
-  std::lock_guard lock(mutex_);
-  if (report_.phase() >= phase) return;
+bool Reporter::SetPhase(v1::Phase phase) {
+  if (report_.phase() >= phase) return false;
   report_.set_phase(phase);
   v1::PhaseTime* entry = report_.add_phase_times();
   entry->set_phase(phase);
   *entry->mutable_time() = CurrentTime();
+  return true;
+}
+
+void Reporter::EnterPhase(v1::Phase phase) {
+  std::lock_guard lock(mutex_);
+  if (SetPhase(phase)) Publish();
+}
+
+void Reporter::EnterPhase(v1::Phase phase, const std::function<void(v1::SideReport&)>& change) {
+  std::lock_guard lock(mutex_);
+  (void)SetPhase(phase);
+  change(report_);
   Publish();
 }
 

@@ -26,10 +26,14 @@ class Reporter {
   void Tick(const std::function<void(v1::Progress&)>& change);
   // Enters `phase` (with its time stamp, once) and publishes. Phases only move forward.
   void EnterPhase(v1::Phase phase);
+  // Both in one report: whoever hears of the phase hears of the rest.
+  void EnterPhase(v1::Phase phase, const std::function<void(v1::SideReport&)>& change);
   v1::SideReport report() const;
 
  private:
   void Publish();  // needs mutex_
+  // False if the report is there already, or further. Needs mutex_.
+  bool SetPhase(v1::Phase phase);
 
   const ReportCallback callback_;
   mutable std::mutex mutex_;

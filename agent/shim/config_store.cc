@@ -72,4 +72,12 @@ absl::Status ConfigStore::Update(const std::function<void(v1::ShimConfig&)>& cha
   return WriteMessageDurable(path_, config_);
 }
 
+absl::Status ConfigStore::UpdateSoon(const std::function<void(v1::ShimConfig&)>& change) {
+  std::lock_guard lock(mutex_);
+  change(config_);
+  return WriteMessageSoon(path_, config_);
+}
+
+absl::Status ConfigStore::Sync() const { return SyncFile(path_); }
+
 }  // namespace baton::shim

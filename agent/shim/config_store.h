@@ -22,6 +22,9 @@ class ConfigStore {
   // Changes the configuration and makes it durable; `change` must not use this object. On STATE_WRITE_FAILED
   // the change is kept in memory only.
   absl::Status Update(const std::function<void(v1::ShimConfig&)>& change);
+  // The same for a shim that follows this one on a host that lives on; durable after Sync().
+  absl::Status UpdateSoon(const std::function<void(v1::ShimConfig&)>& change);
+  absl::Status Sync() const;
 
  private:
   ConfigStore(std::string path, v1::ShimConfig config) : path_(std::move(path)), config_(std::move(config)) {}

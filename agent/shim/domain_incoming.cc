@@ -37,6 +37,8 @@ constexpr Duration kAbortLook = milliseconds(50);
 constexpr Duration kAnswerTimeout = seconds(10);
 constexpr int kMaxQueries = 4;
 
+std::string AbsentFile(ConfigStore& config) { return config.Get().state_dir() + "/absent-before"; }
+
 }  // namespace
 
 DomainIncoming::DomainIncoming(DomainIncomingParts parts)
@@ -217,6 +219,11 @@ void DomainIncoming::Run() {
     watched_ = fresh;
   }
   p_.on_ready();
+  // The source has yet to hear that it may begin.
+  if (fresh && AbsentBefore()) {
+    if (absl::Status synced = SyncFile(AbsentFile(p_.config)); !synced.ok())
+      LOG_WARN("migration {}: {}", id_, Message(synced));
+  }
   for (;;) {
     if (mail_->stopped() || Step()) return;
     Duration wait = kIncomingWait;
@@ -251,7 +258,7 @@ absl::Status DomainIncoming::Prepare(bool fresh) {
   }
   const vmm::SideView here = LookAtDomain(p_.local, uuid_, vmm::MigrationRole::kDestination, deadline);
   if (fresh && here.condition == vmm::DomainCondition::kAbsent)
-    RETURN_IF_ERROR(WriteFileDurable(config.state_dir() + "/absent-before", id_));
+    RETURN_IF_ERROR(WriteFileSoon(AbsentFile(p_.config), id_));
   {
     std::lock_guard lock(mutex_);
     tls_ = std::move(tls);
@@ -418,8 +425,8 @@ bool DomainIncoming::Owned(const vmm::SideView& view) {
     }
     owner_since_ = Clock::now();
     LOG_INFO("migration {}: the domain is here", id_);
-    reporter_.EnterPhase(view.condition == Condition::kRunning ? v1::FINISHING : v1::POSTCOPY);
-    reporter_.Update([&](v1::SideReport& r) {
+    const v1::Phase phase = view.condition == Condition::kRunning ? v1::FINISHING : v1::POSTCOPY;
+    reporter_.EnterPhase(phase, [&](v1::SideReport& r) {
       r.set_handover(v1::OWNER);
       r.set_epoch(epoch_ + 1);
       r.set_guest_running(running);
@@ -434,23 +441,21 @@ bool DomainIncoming::Owned(const vmm::SideView& view) {
   const bool whole = running && view.condition == Condition::kRunning && !view.job;
   const bool over = whole || gone || view.condition == Condition::kPaused;
   if (whole) reporter_.EnterPhase(v1::FINISHING);
+  // libvirt has them from the end of its job here, and waits at the source for another while yet.
+  if (whole && !downtime_ms_) AskDowntime();
   const bool awaited = SourceMayReturn() || (Connections() > 0 && Clock::now() - *owner_since_ < kLinger);
   if (!over || awaited) return false;
   CloseExit();
   if (running) {
-    vmm::DomainMover mover(p_.local, uuid_);
-    auto job = mover.Job(true, Deadline::After(kIncomingLook));
-    reporter_.EnterPhase(v1::SUCCEEDED);
-    reporter_.Update([&](v1::SideReport& r) {
-      if (job.ok() && job->downtime_ms)
+    reporter_.EnterPhase(v1::SUCCEEDED, [&](v1::SideReport& r) {
+      if (downtime_ms_)
         migration::SetDuration(r.mutable_progress()->mutable_downtimes()->mutable_vcpu(),
-                               milliseconds(*job->downtime_ms));
+                               milliseconds(*downtime_ms_));
       r.set_done(true);
       r.set_reason(v1::NONE);
     });
   } else {
-    reporter_.EnterPhase(gone ? v1::FAILED : v1::SUCCEEDED);
-    reporter_.Update([&](v1::SideReport& r) {
+    reporter_.EnterPhase(gone ? v1::FAILED : v1::SUCCEEDED, [&](v1::SideReport& r) {
       r.set_done(true);
       r.set_guest_lost(gone);
       r.set_reason(gone ? v1::DESTINATION_VMM_FAILED : v1::NONE);
@@ -460,8 +465,15 @@ bool DomainIncoming::Owned(const vmm::SideView& view) {
   return End();
 }
 
+// What libvirt measured of the stop.
+void DomainIncoming::AskDowntime() {
+  vmm::DomainMover mover(p_.local, uuid_);
+  auto job = mover.Job(true, Deadline::After(kIncomingLook));
+  if (job.ok() && job->downtime_ms) downtime_ms_ = *job->downtime_ms;
+}
+
 bool DomainIncoming::AbsentBefore() const {
-  auto text = ReadFileLimited(p_.config.Get().state_dir() + "/absent-before", 1024);
+  auto text = ReadFileLimited(AbsentFile(p_.config), 1024);
   return text.ok() && *text == id_;
 }
 
@@ -499,8 +511,7 @@ bool DomainIncoming::Refused(const std::string& why) {
   }
   LOG_INFO("migration {}: refused: {}", id_, why);
   UndefineLeftover();
-  reporter_.EnterPhase(asked ? v1::CANCELLED : v1::FAILED);
-  reporter_.Update([&](v1::SideReport& r) {
+  reporter_.EnterPhase(asked ? v1::CANCELLED : v1::FAILED, [&](v1::SideReport& r) {
     r.set_handover(v1::REFUSED);
     r.set_done(true);
     // A source that ended the migration knows why; one whose connection broke is told by it.

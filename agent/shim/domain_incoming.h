@@ -69,6 +69,7 @@ class DomainIncoming {
   v1::Verdict Seen() const;
   // libvirt had no definition of the domain here before the migration; durable.
   bool AbsentBefore() const;
+  void AskDowntime();
   void UndefineLeftover();
   void OpenExit();
   void CloseExit();
@@ -94,6 +95,7 @@ class DomainIncoming {
 
   // Of the thread alone.
   bool seen_ = false;  // the domain was here
+  std::optional<uint64_t> downtime_ms_;
   std::optional<Clock::time_point> owner_since_;
   bool recovered_ = false;
   uint64_t broken_count_ = 0, opened_then_ = 0;

@@ -154,11 +154,17 @@ void DomainOutgoing::Run() {
 absl::Status DomainOutgoing::Prepare() {
   const Deadline deadline = Deadline::After(kConnectTimeout);
   RETURN_IF_ERROR(OpenTunnel());
-  RETURN_IF_ERROR(AwaitRemote(deadline));
+  // What is to be known and set here goes while the destination's libvirt is being connected to.
+  RETURN_IF_ERROR(AwaitLocal(deadline));
   ASSIGN_OR_RETURN(bool running, ReadSource(deadline));
   if (!running)
     return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition, "the domain does not run");
   forgets_ = ReadForgets();
+  // Before the start, so that a guest that writes nothing is not gone before its limit is known.
+  NoteLimit();
+  const Duration whole = convergence_.max_downtime();
+  LimitDowntime(forgets_ ? whole : std::min(whole, std::max(kFirstLimit, whole / kFirstPart)));
+  RETURN_IF_ERROR(AwaitRemote(deadline));
   absent_before_ = LookAtDomain(*remote_, uuid_, vmm::MigrationRole::kDestination, deadline).condition ==
                    vmm::DomainCondition::kAbsent;
   ArmDevices(deadline);
@@ -245,7 +251,7 @@ absl::Status DomainOutgoing::OpenTunnel() {
   SetEntrance(*std::move(entrance));
   vmm::LibvirtOptions remote;
   remote.uri = vmm::TunnelUri(command_.domain());
-  remote.migration_only = true;
+  remote.events = vmm::LibvirtOptions::Events::kLifecycle;
   vmm::LibvirtCallbacks callbacks;
   auto was_up = std::make_shared<bool>(false);
   callbacks.on_state = [mail = mail_, watched = watched_, was_up](bool up, const std::string&) {
@@ -312,24 +318,31 @@ void DomainOutgoing::ReleaseDevices() {
   device_link_.reset();
 }
 
-absl::Status DomainOutgoing::AwaitRemote(Deadline deadline) {
-  while (!(remote_->connected() && p_.local.connected())) {
+absl::Status DomainOutgoing::AwaitConnection(const vmm::LibvirtConnection& connection, Deadline deadline) {
+  while (!connection.connected()) {
     if (mail_->stopped()) return absl::CancelledError("stopped");
     {
       std::lock_guard lock(mutex_);
       if (end_) return Error(end_->reason, absl::StatusCode::kAborted, "{}", end_->message);
     }
-    if (deadline.Expired()) {
-      std::lock_guard lock(mutex_);
-      if (!p_.local.connected())
-        return Error(v1::SOURCE_VMM_FAILED, absl::StatusCode::kUnavailable, "{}", p_.local.trouble());
-      return Error(v1::PEER_CONNECTION_FAILED, absl::StatusCode::kUnavailable,
-                   "the destination's libvirt cannot be reached through {}: {}{}", command_.peer_address(),
-                   remote_->trouble(), broken_.empty() ? "" : " (" + broken_ + ")");
-    }
+    if (deadline.Expired()) return absl::UnavailableError(connection.trouble());
     (void)mail_->Wait(deadline);
   }
   return absl::OkStatus();
+}
+
+absl::Status DomainOutgoing::AwaitLocal(Deadline deadline) {
+  absl::Status there = AwaitConnection(p_.local, deadline);
+  return absl::IsUnavailable(there) ? WithReason(there, v1::SOURCE_VMM_FAILED) : there;
+}
+
+absl::Status DomainOutgoing::AwaitRemote(Deadline deadline) {
+  absl::Status there = AwaitConnection(*remote_, deadline);
+  if (!absl::IsUnavailable(there)) return there;
+  std::lock_guard lock(mutex_);
+  return Error(v1::PEER_CONNECTION_FAILED, absl::StatusCode::kUnavailable,
+               "the destination's libvirt cannot be reached through {}: {}{}", command_.peer_address(),
+               Message(there), broken_.empty() ? "" : " (" + broken_ + ")");
 }
 
 absl::Status DomainOutgoing::BeginCall(bool recover) {
@@ -341,12 +354,6 @@ absl::Status DomainOutgoing::BeginCall(bool recover) {
   if (recover && source_.xml.empty()) RETURN_IF_ERROR(ReadSource(Deadline::After(kCallTimeout)).status());
   ASSIGN_OR_RETURN(vmm::MoveCall call, vmm::MakeMoveCall(source_, command_.domain(), command_.params()));
   if (recover) call.flags |= VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_POSTCOPY_RESUME;
-  // Before the start, so that a guest that writes nothing is not gone before its limit is known.
-  if (!recover) {
-    NoteLimit();
-    const Duration whole = convergence_.max_downtime();
-    LimitDowntime(forgets_ ? whole : std::min(whole, std::max(kFirstLimit, whole / kFirstPart)));
-  }
   if (!recover) {
     deadline_ = Clock::now() + migration::DurationOr(command_.params().has_max_duration(),
                                                      command_.params().max_duration(), std::chrono::hours(1));

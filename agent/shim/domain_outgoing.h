@@ -76,7 +76,10 @@ class DomainOutgoing {
   void SetEntrance(std::shared_ptr<stream::TunnelEntrance> entrance);
   absl::StatusOr<bool> ReadSource(Deadline deadline);
   bool ReadForgets();
+  absl::Status AwaitLocal(Deadline deadline);
   absl::Status AwaitRemote(Deadline deadline);
+  // Until `connection` is there; what asks for the end of the migration ends it.
+  absl::Status AwaitConnection(const vmm::LibvirtConnection& connection, Deadline deadline);
   absl::Status BeginCall(bool recover);
   // Tells QEMU the blackout that it may aim at.
   void LimitDowntime(Duration limit);

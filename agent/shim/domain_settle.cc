@@ -1,6 +1,7 @@
 // DomainOutgoing: after the end of libvirt's call, until the guest is in exactly one place. What is so, and
 // what may be done, is decided by vmm::Settle; here is the looking and the doing.
 #include <libvirt/libvirt.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <charconv>
@@ -65,6 +66,8 @@ void DomainOutgoing::RestoreLimit(bool stays) {
       return;
     }
   }
+  // The end of a migration does not wait for the disk: a crash of the host ends the QEMU that it is of.
+  if (!stays && ::unlink(LimitFile(p_.config).c_str()) == 0) return;
   if (absl::Status removed = RemoveFileDurable(LimitFile(p_.config)); !removed.ok())
     LOG_WARN("migration {}: {}", id(), Message(removed));
 }
@@ -344,8 +347,8 @@ bool DomainOutgoing::EndHere(bool running, const std::string& why) {
   LOG_WARN("migration {}: {}; the guest {} here ({})", id(), cause.message,
            running ? "goes on" : "stands still", why);
   CloseTunnel();
-  reporter_.EnterPhase(cause.reason == v1::CANCELLED_BY_REQUEST ? v1::CANCELLED : v1::FAILED);
-  reporter_.Update([&](v1::SideReport& r) {
+  const v1::Phase phase = cause.reason == v1::CANCELLED_BY_REQUEST ? v1::CANCELLED : v1::FAILED;
+  reporter_.EnterPhase(phase, [&](v1::SideReport& r) {
     r.set_handover(v1::REFUSED);
     r.set_epoch(command_.epoch() + (fenced ? 2 : 0));
     r.set_guest_running(running);
@@ -375,8 +378,7 @@ bool DomainOutgoing::EndAway(const std::string& why) {
   AddDowntime();
   LOG_INFO("migration {}: moved away ({})", id(), why);
   CloseTunnel();
-  reporter_.EnterPhase(v1::SUCCEEDED);
-  reporter_.Update([&](v1::SideReport& r) {
+  reporter_.EnterPhase(v1::SUCCEEDED, [&](v1::SideReport& r) {
     r.set_handover(v1::RELEASED);
     r.set_guest_running(false);
     r.set_done(true);
@@ -435,9 +437,8 @@ void DomainOutgoing::LoseGuest(const std::string& why) {
   RestoreLimit(/*stays=*/false);
   ReleaseDevices();
   CloseTunnel();
-  reporter_.EnterPhase(v1::FAILED);
   const Wish cause = Cause();
-  reporter_.Update([&](v1::SideReport& r) {
+  reporter_.EnterPhase(v1::FAILED, [&](v1::SideReport& r) {
     r.set_guest_running(false);
     r.set_guest_lost(true);
     r.set_done(true);

@@ -33,6 +33,8 @@ absl::Status DomainShim::Init() {
   ASSIGN_OR_RETURN(loop_, EventLoop::Create());
   RETURN_IF_ERROR(loop_->WatchTermination([this](int signal) { OnSignal(signal); }));
   const v1::ShimConfig config = config_.Get();
+  // libvirt answers while the disk is waited for.
+  Connect(config);
   ASSIGN_OR_RETURN(journal_, DomainJournal::Open(config.state_dir() + "/journal"));
   ControlServer::Handlers handlers;
   handlers.on_request = [this](v1::ShimRequest request, UniqueFd fd, Respond respond) {
@@ -75,12 +77,10 @@ DomainOutgoingParts DomainShim::OutgoingParts() {
           [this] { loop_->Post([this] { PublishStatus(); }); }};
 }
 
-void DomainShim::Begin() {
-  const v1::ShimConfig config = config_.Get();
-  StartDevices(config);
+void DomainShim::Connect(const v1::ShimConfig& config) {
   vmm::LibvirtOptions options;
   options.uri = config.libvirt_uri();
-  options.migration_only = true;
+  options.events = vmm::LibvirtOptions::Events::kMigration;
   vmm::LibvirtCallbacks callbacks;
   callbacks.on_state = [this](bool up, const std::string&) {
     loop_->Post([this, up] {
@@ -96,6 +96,11 @@ void DomainShim::Begin() {
     });
   };
   local_ = vmm::LibvirtConnection::Start(std::move(options), std::move(callbacks));
+}
+
+void DomainShim::Begin() {
+  const v1::ShimConfig config = config_.Get();
+  StartDevices(config);
   // The domain must not come before its devices are served.
   if (!config.migration_id().empty() && devices_failed_.ok()) {
     DomainIncomingParts parts{config_,
@@ -193,10 +198,14 @@ absl::Status DomainShim::StartOutgoing(const v1::StartOutgoingCommand& command) 
       command.domain().tunnel_dir()[0] != '/')
     return absl::InvalidArgumentError("the command does not say how the domain is to be moved");
   RETURN_IF_ERROR(journal_->Own(command.epoch()));
-  RETURN_IF_ERROR(config_.Update([&](v1::ShimConfig& c) { *c.mutable_outgoing() = command; }));
+  // A crash of the host ends the guest's QEMU and libvirt's call as well: what is lost with it is a word that
+  // this migration was begun, and the disk is waited for while the connections are made.
+  RETURN_IF_ERROR(config_.UpdateSoon([&](v1::ShimConfig& c) { *c.mutable_outgoing() = command; }));
   outgoing_.reset();
   outgoing_ = std::make_unique<DomainOutgoing>(OutgoingParts(), command, /*resume=*/false);
   PublishStatus();
+  if (absl::Status synced = config_.Sync(); !synced.ok())
+    LOG_WARN("migration {}: {}", command.migration_id(), Message(synced));
   return absl::OkStatus();
 }
 

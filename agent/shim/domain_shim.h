@@ -45,6 +45,7 @@ class DomainShim {
 
   // --- loop thread ---
   void Begin();
+  void Connect(const v1::ShimConfig& config);
   void OnRequest(v1::ShimRequest request, UniqueFd fd, Respond respond);
   void OnSignal(int signal);
   absl::Status StartOutgoing(const v1::StartOutgoingCommand& command);

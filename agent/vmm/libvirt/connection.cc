@@ -11,8 +11,10 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <filesystem>
+#include <iterator>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <thread>
 #include <vector>
 
@@ -333,8 +335,9 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
       int id;
       virConnectDomainEventGenericCallback callback;
     };
-    // Those of a migration first.
-    constexpr size_t kOfMigration = 3;
+    // Those of the fewest first.
+    constexpr size_t kOfLifecycle = 1, kOfMigration = 3;
+    using Events = LibvirtOptions::Events;
     const Wanted wanted[] = {
         {VIR_DOMAIN_EVENT_ID_LIFECYCLE, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnLifecycle)},
         {VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnIteration)},
@@ -343,12 +346,14 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
         {VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnDevice)},
         {VIR_DOMAIN_EVENT_ID_BALLOON_CHANGE, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnBalloon)},
     };
+    const size_t count = options_.events == Events::kLifecycle   ? kOfLifecycle
+                         : options_.events == Events::kMigration ? kOfMigration
+                                                                 : std::size(wanted);
     registrations_.clear();
-    for (const Wanted& w : wanted) {
+    for (const Wanted& w : std::span(wanted).first(count)) {
       const int id = virConnectDomainEventRegisterAny(c, nullptr, w.id, w.callback, hold(), release);
       if (id < 0) return fail(fmt::format("event {}", w.id));
       registrations_.push_back(id);
-      if (options_.migration_only && registrations_.size() == kOfMigration) break;
     }
     return absl::OkStatus();
   }

@@ -41,9 +41,10 @@ struct LibvirtOptions {
   Duration backoff_max = std::chrono::seconds(5);
   // A daemon that answers no ping for this long is taken for dead.
   Duration keepalive = std::chrono::seconds(15);
-  // Neither kDevices nor kBalloon is told: each kind of libvirt's events is a question more when connecting
-  // and when leaving, and messages more at the moment at which a migration switches over.
-  bool migration_only = false;
+  // Which events are told of: each kind of libvirt's is a question more when connecting and when leaving, and
+  // messages more at the moment at which a migration switches over. Of kLifecycle kDefinition is a part.
+  enum class Events { kAll, kMigration, kLifecycle };
+  Events events = Events::kAll;
   // Calls at one time, those that hang included.
   int max_calls = 16;
 };

@@ -187,6 +187,27 @@ TEST(ReportStore, SequenceGrowsOverShims) {
   EXPECT_FALSE(store.Update(Report("m1", v1::SWITCHOVER, 1)));               // only repeated
 }
 
+TEST(ReportStore, WhatIsTakenIsKeptLater) {
+  TempDir dir;
+  ReportStore store(dir / "reports");
+  ASSERT_TRUE(store.Load().ok());
+  ASSERT_TRUE(store.Take(Report("m1", v1::PRECOPY, 1)));
+  EXPECT_TRUE(store.Find("m1", v1::ROLE_SOURCE));
+  EXPECT_FALSE(ReadFileLimited(dir / "reports/m1.source", 1000).ok());
+  // What came meanwhile is written with it.
+  ASSERT_TRUE(store.Take(Report("m1", v1::FAILED, 2, true)));
+  store.Keep("m1", v1::ROLE_SOURCE);
+  ReportStore next(dir / "reports");
+  ASSERT_TRUE(next.Load().ok());
+  ASSERT_TRUE(next.Find("m1", v1::ROLE_SOURCE));
+  EXPECT_TRUE(next.Find("m1", v1::ROLE_SOURCE)->done());
+  // One that batond has recorded before it was written is not wanted any more.
+  ASSERT_TRUE(store.Take(Report("m2", v1::FAILED, 1, true)));
+  EXPECT_TRUE(store.Acknowledge("m2", v1::ROLE_SOURCE, 1));
+  store.Keep("m2", v1::ROLE_SOURCE);
+  EXPECT_FALSE(ReadFileLimited(dir / "reports/m2.source", 1000).ok());
+}
+
 TEST(ReportStore, DamagedFilesAreSetAside) {
   TempDir dir;
   ASSERT_TRUE(MakeDirectories(dir / "reports").ok());
