@@ -8,8 +8,8 @@
   handoff   the blackout of a guest with 32 requests in flight on a disk that takes a second for each: handed off, drained,
             with an idle disk, and moved by QEMU itself
   stop      Baton's own time to stop a device of 64 queues with 256 requests in flight each, and to collect them
-  libvirt   a libvirt domain moved between the same two daemons by virsh migrate and by Baton: time and blackout, without and
-            with TLS
+  libvirt   a libvirt domain moved between the same two daemons by virsh migrate and by Baton: time and blackout, small and
+            large without TLS, small with TLS
   hints     8 GiB of memory (less where that does not fit), 1 GiB live, the rest dirtied and freed: moved with free page
             hints and without
 """

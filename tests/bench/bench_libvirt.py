@@ -12,8 +12,10 @@ from batonlab.lab import Lab, LabError, wait_until
 from batonlab.libvirt import LibvirtCluster, LibvirtHost, backports
 
 VM = "web1"
-CMDLINE = "lab.pages=4096 lab.dirty=1500"
-MEMORY = 256
+# MiB of memory and what the guest does with it: a small one, most of whose memory is empty, and one that has written 768 MiB
+# of its own.
+SMALL = (256, "lab.pages=4096 lab.dirty=1500")
+LARGE = (1024, "lab.pages=196608 lab.dirty=1500")
 PKI = "/etc/libvirt/pki"
 # In milliseconds.
 FIRST_LIMIT = 30
@@ -84,12 +86,13 @@ def noticed(guest):
     return status if int(status["stops"]) else None
 
 
-def compare(lab, runs, tls, say, row):
+def compare(lab, runs, size, tls, say, row):
+    memory, cmdline = size
     figures = {name: [] for name in WAYS}
     own = []
     qemu = backports("qemu")
     with LibvirtCluster(lab, secure=tls, usr={"a": qemu, "b": qemu}, host_class=TlsHost if tls else LibvirtHost) as cluster:
-        guest = cluster.start_domain("a", VM, memory=MEMORY, cmdline=CMDLINE)
+        guest = cluster.start_domain("a", VM, memory=memory, cmdline=cmdline)
         # One more than counted: the first of each warms up. Each goes as often from a to b as from b to a.
         for run in range(runs + 1):
             for name in list(WAYS)[::1 if run % 2 else -1]:
@@ -110,7 +113,7 @@ def compare(lab, runs, tls, say, row):
             row(name, [item[key] for item in f])
     row("batonctl, as it reports", own)
     say(f"  {sentence}")
-    words = "TLS, QEMU's own beside Baton's" if tls else "no TLS"
+    words = f"{memory} MiB, " + ("TLS, QEMU's own beside Baton's" if tls else "no TLS")
     ratios = []
     for other in ("virsh", "virsh, 30 ms"):
         for key, title in FIGURES:
@@ -123,8 +126,11 @@ def compare(lab, runs, tls, say, row):
 
 def bench(lab, runs, say, row):
     say("without TLS")
-    ratios = compare(lab, runs, False, say, row)
+    ratios = compare(lab, runs, SMALL, False, say, row)
     lab.close()
+    say("without TLS, 1 GiB, most of it used")
+    with Lab(os.path.join("bench", "libvirt-large"), lab.bin) as large:
+        ratios += compare(large, runs, LARGE, False, say, row)
     say("with TLS")
     with Lab(os.path.join("bench", "libvirt-tls"), lab.bin) as secure:
-        return ratios + compare(secure, runs, True, say, row)
+        return ratios + compare(secure, runs, SMALL, True, say, row)
