@@ -83,6 +83,9 @@ class TunnelEntrance::Impl {
   // How long an acceptor rests when the process has no descriptors left: the connection it cannot take stays
   // pending, and nothing tells when there is one.
   static constexpr int kRestMs = 100;
+  // Between two attempts to reach the destination.
+  static constexpr Duration kFirstPause = std::chrono::milliseconds(20);
+  static constexpr Duration kLongestPause = std::chrono::milliseconds(500);
 
   // `index` is that of the listener.
   void Accept(size_t index, UnixListener& listener) {
@@ -112,10 +115,7 @@ class TunnelEntrance::Impl {
     const Deadline deadline = Deadline::After(options_.connect_timeout);
     std::shared_ptr<TunnelRelay> relay;
     absl::Status connected = [&]() -> absl::Status {
-      auto dialled = DialTunnel(options_.dial, static_cast<uint32_t>(service), deadline,
-                                [this, index](int fd) { NoteDialled(index, fd); });
-      NoteDialled(index, -1);
-      ASSIGN_OR_RETURN(auto channel, std::move(dialled));
+      ASSIGN_OR_RETURN(auto channel, Dial(index, deadline));
       relay =
           std::make_shared<TunnelRelay>(std::move(channel), options_.transfer, connections_.traffic(service));
       if (!connections_.Add(relay)) return absl::CancelledError("the tunnel was stopped");
@@ -130,6 +130,21 @@ class TunnelEntrance::Impl {
     if (relay) connections_.Remove(relay);
     connections_.Release();
     return connected;
+  }
+
+  // Nothing of the program's has left yet, so nothing is sent twice.
+  absl::StatusOr<std::unique_ptr<Channel>> Dial(size_t index, Deadline deadline) {
+    const auto service = static_cast<uint32_t>(options_.listen[index].service);
+    const Deadline patience = deadline.Min(Deadline::After(options_.agent_patience));
+    Duration pause = kFirstPause;
+    for (;; pause = std::min(2 * pause, kLongestPause)) {
+      auto dialled =
+          DialTunnel(options_.dial, service, deadline, [this, index](int fd) { NoteDialled(index, fd); });
+      NoteDialled(index, -1);
+      if (dialled.ok() || !absl::IsUnavailable(dialled.status()) || patience.Expired()) return dialled;
+      pollfd stop{stop_.get(), POLLIN, 0};
+      if (::poll(&stop, 1, patience.Min(Deadline::After(pause)).PollTimeoutMs()) != 0) return dialled;
+    }
   }
 
   // Lets Stop() reach a socket that is being connected or is in its handshake; -1 when it is not any more.

@@ -95,6 +95,9 @@ struct TunnelEntranceOptions {
   DialOptions dial;
   // From a program's connection to the exit's answer.
   Duration connect_timeout = std::chrono::seconds(15);
+  // For how long of that a destination is dialled again that cannot be reached: its agent may be on its way
+  // back, and the migrations of an agent that is restarted go on.
+  Duration agent_patience = std::chrono::seconds(5);
   // Of all services together. One more is closed at once.
   size_t max_connections = kMaxTunnelConnections;
   TunnelTransfer transfer = TunnelTransfer::kCopy;

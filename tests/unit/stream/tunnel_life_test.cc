@@ -149,6 +149,82 @@ TEST_P(TunnelTest, Stop_EndsTheWaitForAnAnswer) {
   EXPECT_EQ(troubles_.size(), 0u);
 }
 
+// Connections of this network namespace that were refused.
+uint64_t RefusedConnections() {
+  std::ifstream file("/proc/net/snmp");
+  std::string names, values;
+  while (std::getline(file, names) && !names.starts_with("Tcp:")) {
+  }
+  std::getline(file, values);
+  std::istringstream name(names), value(values);
+  for (std::string n, v; name >> n && value >> v;) {
+    if (n == "AttemptFails") return std::stoull(v);
+  }
+  return 0;
+}
+
+TEST_P(TunnelTest, AgentAway_IsDialledAgain) {
+  // Bound, not listening: the port of an agent that is being restarted.
+  UniqueFd away(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t length = sizeof address;
+  ASSERT_EQ(::bind(away.get(), reinterpret_cast<sockaddr*>(&address), length), 0);
+  ASSERT_EQ(::getsockname(away.get(), reinterpret_cast<sockaddr*>(&address), &length), 0);
+  options_.dial.address = fmt::format("127.0.0.1:{}", ntohs(address.sin_port));
+  options_.connect_timeout = options_.agent_patience = seconds(60);
+  Listen();
+  const uint64_t before = RefusedConnections();
+  StartEntrance();
+  UniqueFd program = Connect();
+  ASSERT_TRUE(SendAll(program.get(), "still there"));
+  const Deadline deadline = Soon();
+  while (RefusedConnections() == before && !deadline.Expired()) std::this_thread::yield();
+  ASSERT_NE(RefusedConnections(), before);
+  port_ = std::move(away);
+  ASSERT_EQ(::listen(port_.get(), 64), 0);
+  StartExit();
+  UniqueFd service = Served();
+  EXPECT_EQ(ReceiveAll(service.get(), 11), "still there");
+  EXPECT_EQ(troubles_.size(), 0u);
+}
+
+TEST_P(TunnelTest, AgentThatStaysAway_IsSaidAfterItsTime) {
+  port_.reset();
+  options_.agent_patience = milliseconds(100);
+  StartEntrance();
+  UniqueFd program = Connect();
+  EXPECT_EQ(ReceiveAll(program.get()), "");
+  const absl::Status why = troubles_.Await();
+  EXPECT_THAT(Message(why), HasSubstr(options_.dial.address));
+  EXPECT_EQ(ReasonOf(why, v1::NONE), v1::PEER_CONNECTION_FAILED);
+  // Stop() does not wait for it.
+  entrance_.reset();
+  options_.agent_patience = options_.connect_timeout = seconds(300);
+  StartEntrance();
+  const uint64_t before = RefusedConnections();
+  program = Connect();
+  const Deadline deadline = Soon();
+  while (RefusedConnections() == before && !deadline.Expired()) std::this_thread::yield();
+  entrance_->Stop();
+  EXPECT_EQ(ReceiveAll(program.get()), "");
+}
+
+// An agent that was killed before it had handed the connection to the shim.
+TEST_P(TunnelTest, AgentThatDropsTheHandshake_IsDialledAgain) {
+  if (GetParam() != Carrier::kTls) return;
+  Listen();
+  StartEntrance();
+  UniqueFd program = Connect();
+  ASSERT_TRUE(SendAll(program.get(), "still there"));
+  Accepted().reset();
+  StartExit();
+  UniqueFd service = Served();
+  EXPECT_EQ(ReceiveAll(service.get(), 11), "still there");
+  EXPECT_EQ(troubles_.size(), 0u);
+}
+
 TEST_P(TunnelTest, Stop_EndsADialThatNobodyAnswers) {
   // A listener whose backlog is full leaves a connection in SYN-SENT, as a host does that is gone.
   OpenPort();

@@ -151,11 +151,14 @@ class TunnelTest : public testing::TestWithParam<Carrier> {
 
   // Both ends, joined by a thread that does what an agent does with a connection.
   void Start() {
+    StartExit();
+    StartEntrance();
+  }
+  void StartExit() {
     exit_ = std::make_unique<TunnelExit>(exit_options_);
     hands_ = std::thread([this] {
       while (UniqueFd socket = Accepted()) exit_->Accept(std::move(socket), channel_, tls_);
     });
-    StartEntrance();
   }
   void StartEntrance() {
     auto entrance = TunnelEntrance::Start(options_);
