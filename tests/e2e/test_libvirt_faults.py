@@ -20,7 +20,7 @@ MATRIX = {
     "destination_libvirtd": {"prepared": EITHER, "precopy": STAYED, "switchover": STAYED, "finish": EITHER,
                              "confirm": MOVED},
     "source_shim": {"prepared": STAYED, "precopy": STAYED, "switchover": EITHER, "finish": EITHER, "confirm": MOVED},
-    "destination_shim": {"prepared": STAYED, "precopy": STAYED, "switchover": EITHER, "finish": EITHER, "confirm": MOVED},
+    "destination_shim": {"prepared": EITHER, "precopy": STAYED, "switchover": EITHER, "finish": EITHER, "confirm": MOVED},
     "source_qemu": {"prepared": LOST, "precopy": LOST, "switchover": MOVED | LOST, "finish": MOVED | LOST,
                     "confirm": MOVED},
     "destination_qemu": {"precopy": STAYED, "switchover": STAYED, "finish": STAYED, "confirm": LOST},
