@@ -27,6 +27,10 @@ constexpr int kStateBuffer = 64 << 20;
 constexpr char kSourceFd[] = "baton-state-out";
 constexpr char kDestinationFd[] = "baton-state-in";
 constexpr size_t kLogTail = 2000;
+// For a migration to get as far as it does without the destination.
+constexpr Duration kOnItsWay = std::chrono::seconds(1);
+// For one that has ended to be put away.
+constexpr Duration kPutAway = std::chrono::seconds(5);
 
 bool Is(const std::string& state, std::initializer_list<const char*> states) {
   return std::any_of(states.begin(), states.end(), [&](const char* s) { return state == s; });
@@ -281,6 +285,15 @@ absl::Status QmpDriver::Resume(Deadline deadline) {
   for (;;) {
     uint64_t mark = qmp_->LastEvent();
     ASSIGN_OR_RETURN(std::string state, MigrationState(deadline));
+    // One that is cancelled in the moment before pre-switchover never ends, and the guest stands still with
+    // it: QEMU's migration thread has looked whether it was cancelled, gives its lock away and waits for a
+    // semaphore that cancelling posts in pre-switchover only (migration_maybe_pause and migrate_fd_cancel of
+    // QEMU 7.2). It soon gets there by itself: no memory is sent.
+    if (Is(state, {"setup", "active"})) {
+      (void)AwaitMigration(mark, {"pre-switchover", "cancelled", "failed", "completed"},
+                           deadline.Min(Deadline::After(kOnItsWay)));
+      ASSIGN_OR_RETURN(state, MigrationState(deadline));
+    }
     if (Is(state, {"none", "cancelled", "failed", "completed"})) break;
     if (state != "cancelling") {
       // Harmless if the migration ended meanwhile; the state is asked for again.
@@ -292,8 +305,28 @@ absl::Status QmpDriver::Resume(Deadline deadline) {
   }
   // A cancelled migration starts the guest again by itself, a completed one leaves it in postmigrate.
   ASSIGN_OR_RETURN(std::string run_state, RunState(deadline));
-  if (run_state == "running") return absl::OkStatus();
-  return Start(deadline);
+  if (run_state != "running") RETURN_IF_ERROR(Start(deadline));
+  // The guest runs, which is what counts; QEMU would refuse another migration, or worse.
+  if (absl::Status away = AwaitPutAway(deadline.Min(Deadline::After(kPutAway))); !away.ok())
+    LOG_WARN("QEMU (pid {}) has not put its migration away: {}", id_.pid, Message(away));
+  return absl::OkStatus();
+}
+
+// query-migrate calls a migration failed when its thread has yet to leave, and in that moment `migrate` fails
+// with the state of a migration set up: the thread does not know it and QEMU ends (SIGSEGV after "Unknown
+// ending state 1" of migration_iteration_finish, QEMU 7.2). The yank instance is given back last
+// (migrate_fd_cleanup); nothing tells when.
+absl::Status QmpDriver::AwaitPutAway(Deadline deadline) {
+  for (;;) {
+    ASSIGN_OR_RETURN(json instances, Execute("query-yank", json::object(), deadline));
+    if (std::none_of(instances.begin(), instances.end(),
+                     [](const json& i) { return i.is_object() && StringAt(i, "type") == "migration"; }))
+      return absl::OkStatus();
+    if (deadline.Expired()) return absl::DeadlineExceededError("its thread has not left");
+    (void)qmp_->WaitEvent(
+        qmp_->LastEvent(), [](const QmpEvent&) { return true; },
+        deadline.Min(Deadline::After(std::chrono::milliseconds(1))));
+  }
 }
 
 absl::StatusOr<UniqueFd> QmpDriver::BeginLoad(Deadline deadline) {

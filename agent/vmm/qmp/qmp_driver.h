@@ -87,6 +87,8 @@ class QmpDriver final : public VmmDriver {
   // Waits for one of QEMU's MIGRATION events; returns the state it names.
   absl::StatusOr<std::string> AwaitMigration(uint64_t after, std::initializer_list<const char*> wanted,
                                              Deadline deadline);
+  // Waits until QEMU has put away what belonged to its last outgoing migration.
+  absl::Status AwaitPutAway(Deadline deadline);
   std::string LogTail() const;
   std::string MigrationError(Deadline deadline);
 

@@ -160,6 +160,8 @@ json QmpServer::Execute(const std::string& command, const json& arguments) {
     if (!error_.empty()) info["error-desc"] = error_;
     return {{"return", info}};
   }
+  // A migration is put away before it is said to have ended.
+  if (command == "query-yank") return {{"return", json::array()}};
   if (command == "query-named-block-nodes") return {{"return", json::array()}};
   if (command == "migrate-set-capabilities") {
     if (migration_ == "active" || migration_ == "pre-switchover" || migration_ == "device")

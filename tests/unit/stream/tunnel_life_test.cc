@@ -32,6 +32,8 @@ TEST_P(TunnelTest, EndOfTheLastConnection_IsTold) {
   Start();
   UniqueFd one = Connect(), one_served = Served();
   UniqueFd other = Connect(), other_served = Served();
+  // Both are relayed, so that one less is one.
+  AwaitActive(2);
   one.reset();
   one_served.reset();
   AwaitActive(1);
