@@ -9,7 +9,7 @@ import subprocess
 import time
 import uuid
 
-from .cluster import Agent, Cluster
+from .cluster import PROCESSORS, Agent, Cluster
 from .guest import Guest
 from .lab import ROOT, LabError, wait_until
 
@@ -42,7 +42,7 @@ DOMAIN = """<domain type='qemu'>
   <name>{name}</name>
   <uuid>{uuid}</uuid>
   <memory unit='MiB'>{memory}</memory>
-  <vcpu>1</vcpu>{iothreads}
+  <vcpu current='1'>{processors}</vcpu>{iothreads}
   <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
   <os>
     <type arch='x86_64' machine='{machine}'>hvm</type>
@@ -373,7 +373,8 @@ class LibvirtCluster(Cluster):
                   "console": CONSOLE.format(name=name), "console_log": f"/var/log/libvirt/{name}.console.log",
                   "disk_xml": FILE_DISK.format(path=disk, disk_driver=fields.pop("disk_driver", "")), "devices": "",
                   "iothreads": "", "balloon": BALLOON, **fields}
-        return DOMAIN.format(name=name, memory=memory, cmdline=cmdline, guest_dir=self.guest_dir, **fields)
+        return DOMAIN.format(name=name, memory=memory, cmdline=cmdline, guest_dir=self.guest_dir, processors=PROCESSORS,
+                             **fields)
 
     @staticmethod
     def make_disk(path):
