@@ -81,7 +81,9 @@ class QemuPair:
         console = os.path.join(self.lab.dir, name + ".con")
         control = os.path.join(self.lab.dir, name + ".qmp")
         memory = self.memory_files[at] or os.path.join(self.lab.memory_dir, name)
-        command = [self.qemu, "-accel", "tcg", "-m", self.memory, "-nodefaults", "-vga", "none", "-display", "none",
+        # maxcpus: see PROCESSORS of tests/e2e/batonlab/cluster.py.
+        command = [self.qemu, "-accel", "tcg", "-smp", "1,maxcpus=2", "-m", self.memory,
+                   "-nodefaults", "-vga", "none", "-display", "none",
                    "-object", f"memory-backend-file,id=mem,size={self.memory},share=on,mem-path={memory}",
                    "-machine", "q35,memory-backend=mem",
                    "-serial", f"unix:{console},server=on,wait=off", "-qmp", f"unix:{control},server=on,wait=off"]
