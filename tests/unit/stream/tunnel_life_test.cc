@@ -166,15 +166,7 @@ uint64_t RefusedConnections() {
 }
 
 TEST_P(TunnelTest, AgentAway_IsDialledAgain) {
-  // Bound, not listening: the port of an agent that is being restarted.
-  UniqueFd away(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t length = sizeof address;
-  ASSERT_EQ(::bind(away.get(), reinterpret_cast<sockaddr*>(&address), length), 0);
-  ASSERT_EQ(::getsockname(away.get(), reinterpret_cast<sockaddr*>(&address), &length), 0);
-  options_.dial.address = fmt::format("127.0.0.1:{}", ntohs(address.sin_port));
+  BindPort();
   options_.connect_timeout = options_.agent_patience = seconds(60);
   Listen();
   const uint64_t before = RefusedConnections();
@@ -184,7 +176,6 @@ TEST_P(TunnelTest, AgentAway_IsDialledAgain) {
   const Deadline deadline = Soon();
   while (RefusedConnections() == before && !deadline.Expired()) std::this_thread::yield();
   ASSERT_NE(RefusedConnections(), before);
-  port_ = std::move(away);
   ASSERT_EQ(::listen(port_.get(), 64), 0);
   StartExit();
   UniqueFd service = Served();

@@ -135,12 +135,16 @@ class TunnelTest : public testing::TestWithParam<Carrier> {
   }
 
   void OpenPort() {
+    BindPort();
+    ASSERT_EQ(::listen(port_.get(), 64), 0);
+  }
+  // Connections to it are refused until it listens, as while an agent is being restarted.
+  void BindPort() {
     port_.reset(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
     sockaddr_in address{};
     address.sin_family = AF_INET;
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     ASSERT_EQ(::bind(port_.get(), reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
-    ASSERT_EQ(::listen(port_.get(), 64), 0);
     socklen_t length = sizeof address;
     ASSERT_EQ(::getsockname(port_.get(), reinterpret_cast<sockaddr*>(&address), &length), 0);
     options_.dial.address = fmt::format("127.0.0.1:{}", ntohs(address.sin_port));
