@@ -1,11 +1,18 @@
 #include "agent/vhost/memory_table.h"
 
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 
 namespace baton::vhost {
+namespace {
+constexpr uint64_t kSmallPage = 4096;
+}
 
 absl::StatusOr<MemoryTable::Region> MemoryTable::MakeRegion(const MemRegion& wire, UniqueFd fd) {
   struct stat st;
@@ -109,10 +116,25 @@ absl::Status MemoryTable::Read(uint64_t gpa, void* out, size_t size) const {
 
 absl::Status MemoryTable::Write(uint64_t gpa, const void* data, size_t size) const {
   ASSIGN_OR_RETURN(auto place, Locate(gpa, size));
-  ssize_t n = ::pwrite(place.first->fd.get(), data, size, static_cast<off_t>(place.second));
-  if (n != static_cast<ssize_t>(size))
-    return ErrnoError(errno, fmt::format("writing guest memory at {:#x}", gpa));
-  return absl::OkStatus();
+  auto failed = [&](int error) {
+    return ErrnoError(error, fmt::format("writing guest memory at {:#x}", gpa));
+  };
+  // hugetlbfs has no write(2), so that it goes through a mapping for the time, of whole pages of the file.
+  // The kernel writes it: what is gone is EFAULT then, and not SIGBUS.
+  struct stat st;
+  if (::fstat(place.first->fd.get(), &st) != 0) return failed(errno);
+  const uint64_t page = std::bit_ceil(std::max<uint64_t>(static_cast<uint64_t>(st.st_blksize), kSmallPage));
+  const uint64_t first = place.second & ~(page - 1);
+  const size_t length = (place.second + size - first + page - 1) & ~(page - 1);
+  void* map = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED, place.first->fd.get(),
+                     static_cast<off_t>(first));
+  if (map == MAP_FAILED) return failed(errno);
+  const iovec from = {const_cast<void*>(data), size};
+  const iovec to = {static_cast<uint8_t*>(map) + (place.second - first), size};
+  const ssize_t n = ::process_vm_writev(::getpid(), &from, 1, &to, 1, 0);
+  const int error = n < 0 ? errno : EFAULT;
+  ::munmap(map, length);
+  return n == static_cast<ssize_t>(size) ? absl::OkStatus() : failed(error);
 }
 
 }  // namespace baton::vhost

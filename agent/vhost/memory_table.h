@@ -14,9 +14,9 @@
 
 namespace baton::vhost {
 
-// Regions by the rules of CheckRegions, each with a file that is large enough. Memory is read with pread(2)
-// and not through a mapping: whoever owns the file may truncate it, and a mapping would then end this process
-// with SIGBUS. Not thread-safe.
+// Regions by the rules of CheckRegions, each with a file that is large enough. Memory is accessed by
+// system calls and not through a mapping: whoever owns the file may truncate it, and a mapping would then end
+// this process with SIGBUS. Not thread-safe.
 class MemoryTable : public virtio::MemoryView {
  public:
   struct Region {
@@ -43,7 +43,7 @@ class MemoryTable : public virtio::MemoryView {
   // Guest physical address of [user_addr, user_addr + size), if it lies within one region.
   std::optional<uint64_t> ToGpa(uint64_t user_addr, uint64_t size) const;
   absl::Status Read(uint64_t gpa, void* out, size_t size) const override;
-  // The caller answers for the dirty page.
+  // Huge pages too. The caller answers for the dirty page.
   absl::Status Write(uint64_t gpa, const void* data, size_t size) const;
 
  private:

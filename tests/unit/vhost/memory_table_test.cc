@@ -40,6 +40,17 @@ TEST(MemoryTable, TranslatesAndReadsThroughTheFile) {
   EXPECT_EQ(table.last_gpa(), 0x102fffu);
 }
 
+TEST(MemoryTable, WritesAcrossPagesAtTheRegionsOffset) {
+  UniqueFd fd = Memory(0x5000), mine = fd.Duplicate();
+  MemoryTable table;
+  ASSERT_TRUE(table.Replace({{0x100000, 0x4000, 0x7f0000000000, 0x1000}}, One(std::move(fd))).ok());
+  ASSERT_TRUE(table.Write(0x100ffd, "hello", 5).ok());
+  char text[8] = {};
+  ASSERT_EQ(::pread(mine.get(), text, 7, 0x1ffc), 7);
+  EXPECT_EQ(std::string(text, 7), std::string("\0hello\0", 7));
+  EXPECT_FALSE(table.Write(0x103ffd, "hello", 5).ok());
+}
+
 TEST(MemoryTable, FileThatIsTooSmallOrNoFileIsRefusedAndTheTableStays) {
   MemoryTable table;
   ASSERT_TRUE(table.Replace({{0, 0x1000, 0, 0}}, One(Memory(0x1000))).ok());
@@ -55,8 +66,9 @@ TEST(MemoryTable, FileThatIsTruncatedLaterGivesAnError) {
   MemoryTable table;
   ASSERT_TRUE(table.Replace({{0, 0x2000, 0, 0}}, One(std::move(fd))).ok());
   ASSERT_EQ(::ftruncate(mine.get(), 0), 0);
-  uint64_t value;
+  uint64_t value = 0;
   EXPECT_THAT(Message(table.Read(0x1000, &value, sizeof value)), HasSubstr("truncated"));
+  EXPECT_THAT(Message(table.Write(0x1000, &value, sizeof value)), HasSubstr("Bad address"));
 }
 
 TEST(MemoryTable, SlotsAreAddedAndRemovedByTheirNames) {
