@@ -5,7 +5,8 @@
 // ctest's time limit ends has no chance to end them. Here the test runs in a namespace of processes of its
 // own, whose first process is this program once more: when that ends, the kernel kills all others
 // (pid_namespaces(7)), and it ends at the latest with the program that ctest knows (PR_SET_PDEATHSIG), also
-// when that is killed with SIGKILL.
+// when that is killed with SIGKILL. Memory files in /dev/shm and names of network namespaces are the test's
+// own as well, and gone with it.
 //
 // A test that ends by itself and leaves a process behind that is still there after that time has failed.
 // Exits as the test did; with 128 and the signal's number if a signal ended it. Without the right to make
@@ -19,6 +20,7 @@
 #include <signal.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -156,6 +158,15 @@ int Supervise(char** command, int grace, const sigset_t& mask) {
   return code == 0 ? 1 : code;
 }
 
+// Places where what a test makes would outlive it, and take memory: file systems of its own there, which the
+// kernel gives up with the last process that sees them.
+bool MountOwn() {
+  constexpr char kNames[] = "/run/netns";
+  return ::mount("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=100%") == 0 &&
+         (::mkdir(kNames, 0755) == 0 || errno == EEXIST) &&
+         ::mount("netns", kNames, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0755") == 0;
+}
+
 // The first process of the namespace. `parent` is a pipe that the process outside holds the other end of.
 [[noreturn]] void First(char** command, int grace, const sigset_t& mask, int parent) {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -165,7 +176,7 @@ int Supervise(char** command, int grace, const sigset_t& mask) {
   ::close(parent);
   // What is mounted in here is nobody else's; what is unmounted outside must not be held by a copy.
   if (::mount(nullptr, "/", nullptr, MS_REC | MS_SLAVE, nullptr) != 0 ||
-      ::mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, nullptr) != 0) {
+      ::mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, nullptr) != 0 || !MountOwn()) {
     ::_exit(kNoNamespace);
   }
   std::exit(std::min(Supervise(command, grace, mask), kNoNamespace - 1));

@@ -64,6 +64,18 @@ TEST(Contain, ATestThatASignalEnds_LeavesNothing) {
   EXPECT_EQ(out->status.ToString(), "exited with 137");
 }
 
+TEST(Contain, MemoryFilesAndNamesOfNetworks_AreTheTestsOwn) {
+  const std::string name = "baton-contain-test-" + std::to_string(::getpid());
+  const std::string file = "/dev/shm/" + name, network = "/run/netns/" + name;
+  auto out = Contained("echo x > " + file + " && ip netns add " + name + " && ls " + file + " " + network +
+                       " && kill -KILL $$");
+  ASSERT_TRUE(out.ok()) << out.status();
+  EXPECT_EQ(out->status.ToString(), "exited with 137");
+  EXPECT_EQ(out->out, file + "\n" + network + "\n") << out->err;
+  EXPECT_NE(::access(file.c_str(), F_OK), 0);
+  EXPECT_NE(::access(network.c_str(), F_OK), 0);
+}
+
 class ContainSignal : public testing::Test {
  protected:
   // Starts a test that leaves a process and runs on; returns when it does.
