@@ -55,7 +55,8 @@ class NicTest : public testing::Test {
     options.backend.set_socket(options_.socket);
     options.backend.set_kind(kind_);
     options.listen_path = dir_ + "/vmm.sock";
-    options.request_timeout = milliseconds(500);
+    // Short only where it is waited for.
+    options.request_timeout = options_.silent_save ? milliseconds(500) : milliseconds(10000);
     auto mediator = Mediator::Start(options, {});
     ASSERT_TRUE(mediator.ok()) << mediator.status();
     mediator_ = std::move(*mediator);
@@ -82,7 +83,7 @@ class NicTest : public testing::Test {
   // Starts and stops the rings and returns what would travel.
   absl::StatusOr<v1::DeviceState> Collect(const std::vector<uint32_t>& rings) {
     for (uint32_t index : rings) StartRing(index);
-    RETURN_IF_ERROR(mediator_->ArmStop(std::chrono::seconds(1)));
+    RETURN_IF_ERROR(mediator_->ArmStop(std::chrono::seconds(10)));
     for (uint32_t index : rings) RETURN_IF_ERROR(vmm_->GetBase(index).status());
     return mediator_->CollectState(Soon());
   }
