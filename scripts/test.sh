@@ -6,9 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # shellcheck source=scripts/lib.sh
 . scripts/lib.sh
 
-# What a run without arguments does. The other stages are asked for by name: `long` for its time, the others (tidy build
-# asan tsan asan_all tsan_all) until each of them has passed as a whole.
-all_stages=(lint unit integration fuzz demo e2e)
+# What a run without arguments does. The other stages are asked for by name: `long`, asan_all and tsan_all for their time,
+# tidy because a cache that has not seen the tree costs it minutes, build because the others do it.
+all_stages=(lint unit asan tsan integration fuzz demo e2e)
 # The preset whose programs are tested, demonstrated and measured: what is shipped.
 preset=release
 total=0
@@ -89,6 +89,17 @@ run_ctest() {
 # failed_of LOG: the names of the tests that failed, and how.
 failed_of() { sed -n '/^The following tests FAILED:/,/^Errors while/p' "$1" | sed -nE 's/^\s*[0-9]+ - (.*)/\1/p'; }
 
+# What sanitizers reported in a first attempt goes to logs/ and is shown at the end; the second has its own reports.
+put_reports_away() {
+  local file
+  for file in "build/$1/reports"/*; do
+    [ -f "$file" ] || continue
+    mv "$file" "logs/report-$1-${file##*/}"
+    file=logs/report-$1-${file##*/}
+    { echo "--- $1: $file" && head -n 40 "$file" | cut -c 1-300; } >>"$digest"
+  done
+}
+
 # tests PRESET [CTEST ARGUMENT...]: runs ctest and adds its counts. Up to three tests that fail have a second attempt: what
 # a loaded machine did to a test must not cost a whole run, but it is told of at the end, with what failed, because it is a
 # defect of the test or of the program all the same.
@@ -106,6 +117,7 @@ tests() {
     mapfile -t names < <(failed_of "$log")
     if [ "$bad" -le 3 ]; then
       say "second attempt: ${names[*]}"
+      put_reports_away "$preset"
       if run_ctest "${log%.log}-again.log" "$preset" --rerun-failed && [ "$bad" = 0 ]; then verdict=unsteady; fi
     fi
     for name in "${names[@]}"; do
