@@ -47,10 +47,11 @@ if(BATON_SANITIZE)
   if(BATON_SANITIZE MATCHES "thread")
     set(baton_sanitizer tsan)
   endif()
-  # The tests and what they start: ./dev test asan builds no benchmark, nor programs that only end-to-end tests start.
-  add_custom_target(sanitized_unit)
+  # The tests and what they start: ./dev test asan builds no benchmark, nor programs that only end-to-end tests start. The
+  # first is what CI runs.
+  add_custom_target(sanitized_ci)
   add_custom_target(sanitized)
-  add_dependencies(sanitized sanitized_unit)
+  add_dependencies(sanitized sanitized_ci)
 endif()
 if(BATON_FUZZ)
   # Coverage of everything that a fuzzer calls, not only of its own file.
@@ -87,7 +88,8 @@ set(baton_contain $<TARGET_FILE:baton-lab-contain>)
 # baton_test(NAME SRCS a_test.cc ... DEPS lib ... [LABELS unit] [TIMEOUT s]): a GoogleTest binary known to ctest as a
 # whole; its cases are counted by gtest, its run by ctest.
 #
-# With the label no-asan or no-tsan it is not part of a build with that sanitizer. no-tsan is for what links gRPC: Debian's
+# In CI unit tests run with sanitizers, too, and integration tests with the label asan or tsan with that one. With the label
+# no-asan or no-tsan it is not part of a build with that sanitizer. no-tsan is for what links gRPC: Debian's
 # gRPC and absl are not instrumented, and absl::Mutex is a futex of its own, so that ThreadSanitizer takes what they hand
 # from one thread to another for a race. What has threads and no gRPC (the shim and everything below it) is looked at.
 function(baton_test name)
@@ -110,8 +112,8 @@ function(baton_test name)
   if(BATON_SANITIZE)
     if("no-${baton_sanitizer}" IN_LIST ARG_LABELS)
       # Not built for it.
-    elseif("unit" IN_LIST ARG_LABELS)
-      add_dependencies(sanitized_unit ${name})
+    elseif("unit" IN_LIST ARG_LABELS OR ${baton_sanitizer} IN_LIST ARG_LABELS)
+      add_dependencies(sanitized_ci ${name})
     else()
       add_dependencies(sanitized ${name})
     endif()
