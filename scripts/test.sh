@@ -176,7 +176,10 @@ stage_tsan_all() { sanitized tsan sanitized 'unit|integration'; }
 
 stage_fuzz() { check "build fuzz" build fuzz fuzzers && tests fuzz -L fuzz -j2; }
 
-stage_e2e() { check "build $preset" build "$preset" && tests "$preset" -L e2e; }
+stage_e2e() {
+  check "packages of the switch" install_packages_idle switch
+  check "build $preset" build "$preset" && tests "$preset" -L e2e
+}
 
 stage_long() {
   check "packages of the switch" install_packages_idle switch

@@ -4,10 +4,11 @@ import sys
 import time
 import unittest
 
+from batonlab import huge_pages
 from batonlab.case import ClusterTest
 from batonlab.lab import LabError
 from batonlab.nic import ARP, RARP
-from batonlab.ovs import INSTALLED, MISSING, Switches, way_when_at
+from batonlab.ovs import Switches, way_when_at
 from test_libvirt_mediated import QUIET, BackendCluster, BackendTest
 
 MAC = "52:54:00:ba:70:0c"
@@ -67,10 +68,12 @@ class Traffic:
 
 class SwitchCluster(BackendCluster):
     LISTENS = True
+    # MiB of a guest.
+    HUGE = BackendTest.MEMORY
 
     def __init__(self, lab, **options):
         super().__init__(lab, **options)
-        self.switches = Switches(lab, self.network, IP, self.LISTENS)
+        self.switches = Switches(lab, self.network, IP, self.LISTENS, self.HUGE)
         for name, agent in self.agents.items():
             agent.settings["backends"]["net0"] = {"socket": self.switches.at[name].socket, "kind": "dpdk"}
             other = self.switches.at["b" if name == "a" else "a"]
@@ -87,9 +90,13 @@ class ConnectingCluster(SwitchCluster):
     LISTENS = False
 
 
-@unittest.skipUnless(INSTALLED, MISSING)
+class SmallCluster(SwitchCluster):
+    HUGE = None
+
+
 class MediatedDomain(Traffic, BackendTest):
-    """Ports of type dpdkvhostuser, with Baton in between."""
+    """Ports of type dpdkvhostuser, with Baton in between. Switches and guests have huge pages, as where they are meant to be
+    fast."""
 
     # Without KVM, QEMU 7.2 crashes when a guest uses MSI-X on a vhost-user NIC.
     CMDLINE = f"{QUIET} lab.ip={IP} pci=nomsi"
@@ -104,18 +111,31 @@ class MediatedDomain(Traffic, BackendTest):
     def describe_domain(cls, host):
         switch = cls.cluster.switches.at[host]
         path = switch.socket if cls.MODE == "client" else switch.vmm_socket
-        return super().describe_domain(host, devices=NIC.format(path=path, mode=cls.MODE))
+        pages = "" if cls.cluster.HUGE is None else huge_pages.BACKING
+        return super().describe_domain(host, devices=NIC.format(path=path, mode=cls.MODE), huge_pages=pages)
+
+    def assert_huge(self, host):
+        """The guest's memory and the switch's are what they are said to be."""
+        (qemu,) = self.processes("qemu-system", host)
+        switch = huge_pages.used_by(self.switches.at[host].daemon.pid)
+        if self.cluster.HUGE is None:
+            self.assertEqual((huge_pages.used_by(qemu.pid), switch), (0, 0))
+        else:
+            self.assertGreaterEqual(huge_pages.used_by(qemu.pid), self.MEMORY)
+            self.assertGreater(switch, 0)
 
     def test_packets_go_on_there_and_back(self):
         self.have_guest()
         for to in reversed(self.ends()):
             self.cross(to)
+            self.assert_huge(to)
         self.assert_clean()
 
 
 class SilentDomain(MediatedDomain):
-    """A guest that does not announce itself: the switch does, by RARP, when Baton and QEMU ask it to."""
+    """A guest that does not announce itself: the switch does, by RARP, when Baton and QEMU ask it to. No huge pages."""
 
+    cluster_class = SmallCluster
     ANNOUNCED_BY = (RARP,)
     EXTRA = ("<qemu:commandline><qemu:arg value='-global'/><qemu:arg value='virtio-net-pci.guest_announce=off'/>"
              "</qemu:commandline>")
@@ -135,7 +155,6 @@ class PlainDomain(MediatedDomain):
     MODE = "server"
 
 
-@unittest.skipUnless(INSTALLED, MISSING)
 class OwnEngine(Traffic, ClusterTest):
     """A VM of Baton's own."""
 

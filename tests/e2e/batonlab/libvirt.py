@@ -43,7 +43,7 @@ DOMAIN = """<domain type='qemu'>
   <uuid>{uuid}</uuid>
   <memory unit='MiB'>{memory}</memory>
   <vcpu current='1'>{processors}</vcpu>{iothreads}
-  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
+  <memoryBacking>{huge_pages}<source type='memfd'/><access mode='shared'/></memoryBacking>
   <os>
     <type arch='x86_64' machine='{machine}'>hvm</type>
     <kernel>{guest_dir}/vmlinuz</kernel>
@@ -372,7 +372,7 @@ class LibvirtCluster(Cluster):
         fields = {"uuid": uuid.uuid4(), "machine": self.machine, "emulator": self.emulator,
                   "console": CONSOLE.format(name=name), "console_log": f"/var/log/libvirt/{name}.console.log",
                   "disk_xml": FILE_DISK.format(path=disk, disk_driver=fields.pop("disk_driver", "")), "devices": "",
-                  "iothreads": "", "balloon": BALLOON, **fields}
+                  "huge_pages": "", "iothreads": "", "balloon": BALLOON, **fields}
         return DOMAIN.format(name=name, memory=memory, cmdline=cmdline, guest_dir=self.guest_dir, processors=PROCESSORS,
                              **fields)
 

@@ -1,4 +1,5 @@
 """Base of the end-to-end tests with libvirt: a cluster of libvirt hosts that the tests of a class share."""
+import re
 import select
 import signal
 
@@ -215,7 +216,11 @@ class LibvirtTest(ClusterTest):
         try:
             self.guest.wait_writes(20)
         except LabError as error:
-            raise LabError(f"{error}\n{self.cluster.hosts[host].monitor(VM, *self.DISK_QUESTIONS)}") from error
+            libvirt = self.cluster.hosts[host]
+            known = libvirt.monitor(VM, *self.DISK_QUESTIONS)
+            # Flags and index of both rings, as the guest sees them.
+            rings = re.findall(r"(?:avail|used):\s+(0x[0-9a-f]+)", known)
+            raise LabError(f"{error}\n{known}\n{libvirt.monitor(VM, *(f'xp /2hx {at}' for at in rings))}") from error
 
     def remains(self):
         """What migrations have left: shims, and the directories of their sockets."""

@@ -65,9 +65,12 @@ class Outside(threading.Thread):
         self.guest_mac = None
         self.ports = {}      # MAC address -> wire
         self.frames = {}     # ethertype -> [(time, wire, source address)]
+        # A list of a dictionary's items is not made in one step (the collector of garbage may run in between, and with it
+        # other threads), so that these two are written and copied under it.
+        self.noting = threading.Lock()
         self.answers = {}    # sequence -> (time, wire)
-        self.damaged = self.repeated = 0
         self.sent = {}       # sequence -> time
+        self.damaged = self.repeated = 0
         self.stopping = threading.Event()
         self.names = {}      # wire -> number in the order of plugging in
 
@@ -137,7 +140,8 @@ class Outside(threading.Thread):
         elif sequence in self.answers:
             self.repeated += 1
         else:
-            self.answers[sequence] = (time.monotonic(), self.names[wire])
+            with self.noting:
+                self.answers[sequence] = (time.monotonic(), self.names[wire])
 
     @staticmethod
     def payload(sequence):
@@ -157,7 +161,8 @@ class Outside(threading.Thread):
         header = header[:2] + struct.pack(">H", checksum(header + body)) + header[4:]
         ip = struct.pack(">BBHHHBBH", 0x45, 0, 28 + len(body), 0, 0, 64, 1, 0) + OUR_IP + self.guest_ip
         ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
-        self.sent[sequence] = time.monotonic()
+        with self.noting:
+            self.sent[sequence] = time.monotonic()
         self.send(self.guest_mac + OUR_MAC + struct.pack(">H", IP) + ip + header + body)
 
     # --- for the tests ---
@@ -168,21 +173,28 @@ class Outside(threading.Thread):
         wait_until(lambda: len(self.answers) >= goal, lambda: f"{goal} answers of the guest, there are "
                    f"{len(self.answers)} to {len(self.sent)} requests of a station that "
                    f"{'runs' if self.is_alive() else 'has ended'}; "
-                   f"seen: {({hex(kind): len(seen) for kind, seen in self.frames.items()})}",
+                   f"seen: {({hex(kind): len(self.frames[kind]) for kind in list(self.frames)})}",
                    timeout, pause=0.02)
+
+    def noted(self):
+        """What was sent, and what was answered."""
+        with self.noting:
+            return self.sent.copy(), self.answers.copy()
 
     def lost_between(self, begin, end):
         """Requests sent between these times that were not answered while a later one was: answers come in order, and on
         a busy host the last ones are still on their way."""
-        answers = set(self.answers)
+        sent, answers = self.noted()
         newest = max(answers, default=0)
-        return [n for n, sent in list(self.sent.items()) if begin <= sent <= end and n < newest and n not in answers]
+        return [n for n, at in sent.items() if begin <= at <= end and n < newest and n not in answers]
 
     def longest_gap(self, begin, end):
-        times = sorted(at for at, _ in list(self.answers.values()) if begin <= at <= end)
+        _, answers = self.noted()
+        times = sorted(at for at, _ in answers.values() if begin <= at <= end)
         return max((b - a for a, b in zip(times, times[1:])), default=0.0)
 
     def longest_lag(self, begin, end):
         """How long a request waited for its answer at most. On a busy machine the last answer before a gap is to a request
         that was sent so long before."""
-        return max((at - self.sent[n] for n, (at, _) in list(self.answers.items()) if begin <= at <= end), default=0.0)
+        sent, answers = self.noted()
+        return max((at - sent[n] for n, (at, _) in answers.items() if begin <= at <= end), default=0.0)

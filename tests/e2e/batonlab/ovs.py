@@ -4,7 +4,8 @@ import ctypes
 import os
 import socket
 
-from .lab import wait_until
+from . import huge_pages
+from .lab import LabError, wait_until
 from .nic import Outside
 
 BRIDGE = "br0"
@@ -12,16 +13,17 @@ BRIDGE = "br0"
 GUEST, JOIN, STATION = 1, 2, 3
 PROGRAM = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk"
 SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
-# No huge pages: what a vhost-user port moves is copied by the processor, to no device. Open vSwitch adds --in-memory by
-# itself, which EAL refuses beside --no-huge, unless it finds --legacy-mem, which --no-huge means anyhow. No files in
-# /var/run/dpdk, no buses.
-EAL = "--no-huge --legacy-mem -m 512 --no-pci --no-shconf --no-telemetry --iova-mode=va"
+# No buses, no files in /var/run/dpdk. Open vSwitch adds --in-memory by itself: huge pages without a file system of theirs.
+EAL = "--no-pci --no-shconf --no-telemetry --iova-mode=va"
+# What a vhost-user port moves is copied by the processor, to no device, so that a switch can do without huge pages. EAL
+# refuses --in-memory beside --no-huge, and Open vSwitch does not add it where it finds --legacy-mem, which --no-huge means
+# anyhow.
+EAL_SMALL = f"--no-huge --legacy-mem -m 512 {EAL}"
+# What a switch takes of huge pages at most.
+SWITCH_MIB = 256
 # A poll thread without work sleeps, up to so long (other_config:pmd-maxsleep, from 3.2 on pmd-sleep-max); without that
 # each takes a whole processor.
 MAX_SLEEP_US = 500
-
-INSTALLED = os.path.exists(PROGRAM)
-MISSING = "needs Open vSwitch with DPDK: section switch of deps/packages.txt"
 
 CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
@@ -30,8 +32,8 @@ ETH_P_ALL = 3
 class Switch:
     """ovsdb-server and ovs-vswitchd of one host: a user space bridge with the guest's port, and the wires of the lab."""
 
-    def __init__(self, lab, network, host):
-        self.lab, self.network, self.host = lab, network, host
+    def __init__(self, lab, network, host, huge):
+        self.lab, self.network, self.host, self.huge = lab, network, host, huge
         self.dir = os.path.join(lab.dir, host, "ovs")
         os.makedirs(self.dir)
         self.database = os.path.join(self.dir, "db.sock")
@@ -59,7 +61,10 @@ class Switch:
         self.spawn(["ovsdb-server", database, f"--remote=punix:{self.database}",
                     f"--unixctl={os.path.join(self.dir, 'ovsdb.ctl')}"], "ovsdb")
         self.vsctl("--no-wait", "init")
-        self.vsctl("--no-wait", "set", "Open_vSwitch", ".", "other_config:dpdk-init=true", f"other_config:dpdk-extra={EAL}",
+        memory = [f"other_config:dpdk-extra={EAL_SMALL}"]
+        if self.huge:
+            memory = [f"other_config:dpdk-extra={EAL}", f"other_config:dpdk-socket-limit={SWITCH_MIB}"]
+        self.vsctl("--no-wait", "set", "Open_vSwitch", ".", "other_config:dpdk-init=true", *memory,
                    f"other_config:pmd-cpu-mask={1 << processor:#x}", f"other_config:pmd-maxsleep={MAX_SLEEP_US}",
                    "other_config:per-port-memory=true")
         self.start_daemon()
@@ -123,11 +128,15 @@ class Station(Outside):
 
 
 class Switches:
-    """The switches of both hosts, joined, and the station. `network`: Namespaces."""
+    """The switches of both hosts, joined, and the station. `network`: Namespaces; `huge`: with huge pages, and so many MiB
+    of them for a guest at each host."""
 
-    def __init__(self, lab, network, guest_ip, switch_listens):
+    def __init__(self, lab, network, guest_ip, switch_listens, huge=None):
+        if not os.path.exists(PROGRAM):
+            raise LabError("needs Open vSwitch with DPDK: section switch of deps/packages.txt")
         self.lab, self.network = lab, network
-        self.at = {host: Switch(lab, network, host) for host in ("a", "b")}
+        self.at = {host: Switch(lab, network, host, huge is not None) for host in ("a", "b")}
+        self.huge = huge
         self.switch_listens = switch_listens
         names = network.names
         network.ip("-n", names["a"], "link", "add", "join", "type", "veth", "peer", "name", "join", "netns", names["b"])
@@ -138,6 +147,8 @@ class Switches:
         self.station = Station(network, os.path.join(lab.dir, "wire.sock"), guest_ip, "station")
 
     def start(self):
+        if self.huge is not None:
+            huge_pages.reserve(self.lab, len(self.at) * (SWITCH_MIB + self.huge))
         processors = sorted(os.sched_getaffinity(0))
         for number, (host, switch) in enumerate(self.at.items()):
             switch.start(processors[number % len(processors)])
