@@ -61,7 +61,6 @@ class BalloonBackend::Impl final : private DeviceModel, private virtio::BalloonS
                      DeviceServer::Start({options_.name, options_.listen_path, options_.ram}, *this));
     return absl::OkStatus();
   }
-  ~Impl() override { server_.reset(); }
 
   const std::string& name() const { return options_.name; }
 
@@ -204,6 +203,9 @@ class BalloonBackend::Impl final : private DeviceModel, private virtio::BalloonS
   virtio::Chain chain_;
   std::vector<virtio::BalloonBuffer> buffers_;
 
+  // The last member, and not reset by hand: its thread is in the model's calls, or in what was posted, until
+  // its destructor ends, and these use the pointer. reset() makes it null before that, the pointer's own
+  // destructor does not.
   std::unique_ptr<DeviceServer> server_;
 };
 
