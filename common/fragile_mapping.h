@@ -34,6 +34,10 @@ class FragileMapping {
   // now; then nothing is promised about `out`. Any thread, but SIGBUS must not be blocked in it.
   [[nodiscard]] bool Copy(size_t offset, void* out, size_t size) const;
 
+  // Where the byte at `offset` is mapped; null if it is not. Only to be asked for ahead of its Copy
+  // (__builtin_prefetch, which bears what is not there): never to be read.
+  const uint8_t* Hint(size_t offset) const { return offset < size_ ? base_ + offset : nullptr; }
+
   size_t size() const { return size_; }
 
  private:

@@ -270,8 +270,8 @@ class Mediator::Impl {
   void PrepareSpace();
   // What the rings that have stopped so far have in flight, and whether that may go over.
   struct Judgement;
-  // `base`: the back-end's answer.
-  absl::Status JudgeRing(uint32_t index, uint32_t base, Judgement* judgement);
+  // `base`: the back-end's answer. `next`: the ring whose turn is next, or any number beyond.
+  absl::Status JudgeRing(uint32_t index, uint32_t base, uint32_t next, Judgement* judgement);
   // After the last ring.
   absl::Status JudgeAll(const Judgement& judgement) const;
   void ResumeSuspended(const std::vector<uint32_t>& rings);

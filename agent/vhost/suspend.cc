@@ -153,7 +153,8 @@ absl::Status Mediator::Impl::SuspendRings() {
     // From here on only the region tells what is in flight, as after a crash.
     record_.vrings[index].lost = true;
     MarkRingDirty(index);
-    if (judged.ok()) judged = JudgeRing(index, base, &judgement);
+    const auto next = std::upper_bound(rings.begin(), rings.end(), index);
+    if (judged.ok()) judged = JudgeRing(index, base, next != rings.end() ? *next : kMaxVrings, &judgement);
   };
   // Bit 20 is about every GET_VRING_BASE, also those of a guest that resets its device. So it is only
   // negotiated for this one.
@@ -182,7 +183,7 @@ absl::Status Mediator::Impl::SuspendRings() {
   return judged;
 }
 
-absl::Status Mediator::Impl::JudgeRing(uint32_t index, uint32_t base, Judgement* judgement) {
+absl::Status Mediator::Impl::JudgeRing(uint32_t index, uint32_t base, uint32_t next, Judgement* judgement) {
   Judgement& j = *judgement;
   RETURN_IF_ERROR(j.geometry.status());
   std::vector<uint8_t>& part = stop_space_.part;
@@ -192,6 +193,11 @@ absl::Status Mediator::Impl::JudgeRing(uint32_t index, uint32_t base, Judgement*
   MigrationStop::HandedOff& ring = stop_.handed_off[index];
   if (auto ready = stop_space_.states.find(index); ready != stop_space_.states.end())
     ring.state.Swap(&ready->second);
+  // The copy waits for memory, and what follows it for little: so the next ring's part is asked for there.
+  stop_space_.reader.ExpectNext(
+      next < j.geometry->num_queues
+          ? record_.inflight.map.Hint(j.geometry->mmap_offset + j.geometry->stride * next)
+          : nullptr);
   const auto set = ReadSet(j.memory, part, index, base, RoomIn(&ring.state), &stop_space_.reader);
   if (!set.ok()) return Annotate(set.status(), fmt::format("ring {}", index));
   const uint64_t desc = record_.packed() ? record_.Packed(index)->desc : record_.Split(index)->desc;

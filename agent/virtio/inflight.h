@@ -124,6 +124,9 @@ class InflightReader {
   // The descriptors are written to `room`, where they are to stay, if they fit (an entry of the part each).
   absl::StatusOr<InflightView> ReadPacked(std::span<const uint8_t> part, const MemoryView& memory,
                                           const PackedRing& ring, std::span<InflightDesc> room = {});
+  // Where the copy of the next part will be made from (null: nothing is known), for the ReadPacked calls that
+  // follow: PackedPartState::ahead.
+  void ExpectNext(const uint8_t* part) { packed_.ahead = part; }
   // What was read last.
   InflightSet Take();
 

@@ -73,6 +73,10 @@ struct PackedPartState {
   uint16_t free_entries = 0;
   // Where the chains are wanted, if anywhere; as many as the part has entries always fit.
   std::span<PackedDesc> room;
+  // What is read next, if it has to come from the cache of another processor: it is asked for while this part
+  // is followed, 32 bytes with each entry, which is how long the next part is if that is what it is. A hint;
+  // nothing is read there.
+  const uint8_t* ahead = nullptr;
   // Space of the analysis.
   std::vector<PackedDesc> chain_space;
   std::vector<AgedHead> sorting;
