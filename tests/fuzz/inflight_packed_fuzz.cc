@@ -73,6 +73,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::span<const uint8_t> input = rest.subspan(ring_bytes);
   const std::vector<uint8_t> part(input.begin(), input.end());
   auto set = ReadInflightPacked(part, slots, ring);
+  // What is expected next, at an address where nothing is ever mapped, changes nothing.
+  InflightReader hinted;
+  hinted.ExpectNext(reinterpret_cast<const uint8_t*>(uintptr_t{64}));
+  const auto same = hinted.ReadPacked(part, slots, ring);
+  Expect(same.ok() == set.ok() && (!same.ok() || hinted.Take() == *set));
   if (set.ok()) {
     Expect(CheckInflightPacked(ring_size, *set).ok());
     (void)VerifyInflightPacked(slots, ring, *set);

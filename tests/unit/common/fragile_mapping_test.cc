@@ -49,6 +49,14 @@ TEST_F(FragileMappingTest, RefusesWhatIsOutside) {
   EXPECT_FALSE(FragileMapping().Copy(0, out.data(), 1));
 }
 
+TEST_F(FragileMappingTest, HintsAtNothingThatIsOutside) {
+  ASSERT_NE(mapping_.Hint(0), nullptr);
+  EXPECT_EQ(mapping_.Hint(3 * kPage - 1), mapping_.Hint(0) + (3 * kPage - 1));
+  EXPECT_EQ(mapping_.Hint(3 * kPage), nullptr);
+  EXPECT_EQ(mapping_.Hint(SIZE_MAX), nullptr);
+  EXPECT_EQ(FragileMapping().Hint(0), nullptr);
+}
+
 TEST_F(FragileMappingTest, BearsAFileThatWasMadeShorterAgainAndAgain) {
   std::vector<uint8_t> out(3 * kPage);
   for (int i = 0; i < 3; ++i) {

@@ -479,6 +479,26 @@ TEST(WriteInflight, KeepsOrderChainsAndPositionsForEveryKind) {
   EXPECT_EQ(*set, packed);
 }
 
+TEST(InflightReader, OfWhatIsExpectedNextNothingIsRead) {
+  FakeMemory memory(0x1000, 4096);
+  const PackedRing ring{8, 0x1000, 0x1100, 0x1104};
+  InflightReader reader;
+  for (const InflightSet& wanted : {PackedSet(8, {6, true}, {1, 3, 2}), PackedSet(8, {0, true}, {})}) {
+    StopPart part(RingFormat::kPacked, 8);
+    ASSERT_TRUE(WriteInflight(part.bytes(), 8, wanted).ok());
+    // A page that is never mapped, the part itself, and nothing.
+    for (const uint8_t* next :
+         {reinterpret_cast<const uint8_t*>(uintptr_t{64}), static_cast<const uint8_t*>(part.bytes().data()),
+          static_cast<const uint8_t*>(nullptr)}) {
+      reader.ExpectNext(next);
+      auto view = reader.ReadPacked(part.bytes(), memory, ring);
+      ASSERT_TRUE(view.ok()) << view.status();
+      EXPECT_EQ(view->size(), wanted.size());
+      EXPECT_EQ(reader.Take(), wanted);
+    }
+  }
+}
+
 TEST(WriteInflight, RefusesWhatDoesNotFit) {
   StopPart part(RingFormat::kSplit, 4);
   InflightSet set;
