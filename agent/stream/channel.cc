@@ -53,7 +53,7 @@ class PlainChannel final : public Channel {
       msghdr message{};
       message.msg_iov = buffers;
       message.msg_iovlen = static_cast<size_t>(std::min(count, kMaxIovecs));
-      const bool patient = tries++ >= kYields;
+      const bool patient = tries++ >= yields_;
       const int near = patient ? Near(deadline) : MSG_DONTWAIT;
       ssize_t n = ::sendmsg(socket_.get(), &message, near | MSG_NOSIGNAL);
       if (n < 0) {
@@ -87,6 +87,7 @@ class PlainChannel final : public Channel {
     ::shutdown(socket_.get(), SHUT_RDWR);
   }
 
+  void SleepAtOnce() override { yields_ = 0; }
   int plain_fd() const override { return socket_.get(); }
 
  private:
@@ -98,7 +99,7 @@ class PlainChannel final : public Channel {
     message.msg_iovlen = static_cast<size_t>(std::min(count, kMaxIovecs));
     for (int tries = 0;; ++tries) {
       if (stopped_.load(std::memory_order_acquire)) return StoppedError();
-      const bool patient = tries >= kYields;
+      const bool patient = tries >= yields_;
       const int near = patient ? Near(deadline) : MSG_DONTWAIT;
       ssize_t n = ::recvmsg(socket_.get(), &message, patient ? flags | near : near);
       if (n > 0) {
@@ -123,6 +124,7 @@ class PlainChannel final : public Channel {
     return Error(absl::StatusCode::kCancelled, "{}: connection was shut down", peer());
   }
   const UniqueFd socket_;
+  int yields_ = kYields;
   std::atomic<bool> stopped_{false};
 };
 

@@ -37,6 +37,9 @@ class Channel {
   virtual absl::Status CloseWrite(Deadline deadline) = 0;
   // Makes every call that waits, now and later, return Cancelled; the peer sees the connection end.
   virtual void Shutdown() = 0;
+  // From now on what waits sleeps at once, instead of giving its processor away a few times before: for
+  // channels whose ends are programs that have something else to do meanwhile. Before anything waits.
+  virtual void SleepAtOnce() {}
   // The socket of a plaintext channel, for sendfile(2) and MSG_ZEROCOPY; -1 where bytes must go through
   // WriteAll().
   virtual int plain_fd() const = 0;

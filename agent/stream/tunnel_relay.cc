@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <poll.h>
-#include <sched.h>
 #include <signal.h>
 #include <sys/socket.h>
 
@@ -19,8 +18,6 @@ namespace {
 constexpr int kPipeBytes = 1 << 20;
 // Bulk takes few system calls, and stays in a processor's cache. What is never written to takes no memory.
 constexpr size_t kBufferBytes = size_t{512} << 10;
-// Before it sleeps a relay gives its processor away so many times: see PlainChannel.
-constexpr int kYields = 50;
 // For the last bytes of a direction to leave.
 constexpr Duration kCloseTimeout = std::chrono::seconds(30);
 
@@ -34,15 +31,6 @@ Deadline Whenever() { return Deadline::After(std::chrono::hours(24 * 365)); }
 void AwaitReady(int fd, short events) {
   pollfd entry{fd, events, 0};
   ::poll(&entry, 1, -1);
-}
-
-// The same for whoever tries again at once: `tries` counts since the last success.
-void AwaitReady(int fd, short events, int& tries) {
-  if (tries++ < kYields) {
-    ::sched_yield();
-  } else {
-    AwaitReady(fd, events);
-  }
 }
 
 // How moving bytes from one socket to another came to its end.
@@ -141,6 +129,8 @@ absl::Status TunnelRelay::Run(UniqueFd local) {
   splice_ = splice_ && channel_->plain_fd() >= 0;
   if (splice_) MakeNonBlocking(channel_->plain_fd());
   BlockSignals();
+  // QEMU and its guest need the processors for what they wait for us to carry.
+  channel_->SleepAtOnce();
   absl::Status from;
   std::thread back([this, &from] {
     from = FromPeer();
@@ -199,18 +189,17 @@ absl::Status TunnelRelay::FromPeer() {
 
 absl::Status TunnelRelay::CopyToPeer() {
   const auto buffer = std::make_unique_for_overwrite<char[]>(kBufferBytes);
-  for (int tries = 0;;) {
+  for (;;) {
     const ssize_t n = ::recv(local_.get(), buffer.get(), kBufferBytes, MSG_DONTWAIT);
     if (n == 0 || (n < 0 && errno == ECONNRESET)) return EndToPeer();
     if (n < 0) {
       if (errno == EAGAIN) {
-        AwaitReady(local_.get(), POLLIN, tries);
+        AwaitReady(local_.get(), POLLIN);
       } else if (errno != EINTR) {
         return ErrnoError(errno, "reading what is to be sent");
       }
       continue;
     }
-    tries = 0;
     RETURN_IF_ERROR(channel_->Write(buffer.get(), static_cast<size_t>(n), Whenever()));
     traffic_.to_peer.fetch_add(static_cast<uint64_t>(n), std::memory_order_relaxed);
   }
@@ -233,16 +222,14 @@ absl::StatusOr<size_t> TunnelRelay::Collect(char* buffer, absl::Status& ended) {
 }
 
 bool TunnelRelay::PassOn(const char* data, size_t size) {
-  int tries = 0;
   while (size > 0) {
     const ssize_t n = ::send(local_.get(), data, size, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (n >= 0) {
-      tries = 0;
       data += n;
       size -= static_cast<size_t>(n);
       traffic_.from_peer.fetch_add(static_cast<uint64_t>(n), std::memory_order_relaxed);
     } else if (errno == EAGAIN) {
-      AwaitReady(local_.get(), POLLOUT, tries);
+      AwaitReady(local_.get(), POLLOUT);
     } else if (errno != EINTR) {
       return false;
     }
