@@ -186,7 +186,7 @@ absl::StatusOr<std::unique_ptr<Journal>> Journal::Open(const std::string& path, 
   if (parsed.good_bytes == 0) {
     if (::ftruncate(journal->fd_.get(), 0) != 0) return WriteFailed(errno, path, "truncate");
     RETURN_IF_ERROR(journal->WriteSlot(HeaderSlot(), 0));
-    RETURN_IF_ERROR(SyncDirectoryOf(path));
+    journal->created_ = false;
     parsed.good_bytes = kSlotSize;
   } else if (bytes.size() > parsed.good_bytes) {
     journal->dropped_ = bytes.size() - parsed.good_bytes;
@@ -218,7 +218,22 @@ absl::Status Journal::WriteSlot(const std::string& slot, uint64_t offset) {
     if (wrote < 0) return WriteFailed(errno, path_, "write");
     done += static_cast<size_t>(wrote);
   }
+  return absl::OkStatus();
+}
+
+absl::Status Journal::SyncSlots() {
   if (::fdatasync(fd_.get()) != 0) return WriteFailed(errno, path_, "sync");
+  return absl::OkStatus();
+}
+
+// A header that a crash loses while a record behind it is kept would look like corruption. It is written anew
+// because a sync that failed before may have left it marked as written.
+absl::Status Journal::FinishCreation() {
+  if (created_) return absl::OkStatus();
+  RETURN_IF_ERROR(WriteSlot(HeaderSlot(), 0));
+  RETURN_IF_ERROR(SyncSlots());
+  RETURN_IF_ERROR(SyncDirectoryOf(path_));
+  created_ = true;
   return absl::OkStatus();
 }
 
@@ -236,7 +251,9 @@ absl::Status Journal::Append(const JournalRecord& record) {
   if (record.kind == JournalRecord::Kind::kInvalid || record.migration.size() > kMaxMigrationId)
     return Error(absl::StatusCode::kInvalidArgument, "journal {}: a record of kind {} with an id of {} bytes",
                  path_, KindName(record.kind), record.migration.size());
-  const absl::Status status = WriteSlot(RecordSlot(record, end_ / kSlotSize), end_);
+  RETURN_IF_ERROR(FinishCreation());
+  absl::Status status = WriteSlot(RecordSlot(record, end_ / kSlotSize), end_);
+  if (status.ok()) status = SyncSlots();
   if (!status.ok()) {
     absent_ = CutTail();
     return status;

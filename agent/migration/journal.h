@@ -48,8 +48,8 @@ class Journal final : public RecordLog {
   // Longest migration id that fits into a slot.
   static constexpr size_t kMaxMigrationId = 400;
 
-  // Opens the journal at `path`, or creates it (file and directory entry durable on return); locks it against
-  // other processes for the life of the object, waiting for one that holds it until the deadline; drops a
+  // Opens the journal at `path`, or creates it (durable with the first record); locks it against other
+  // processes for the life of the object, waiting for one that holds it until the deadline; drops a
   // torn tail. Errors: FailedPrecondition if another process keeps it; STATE_WRITE_FAILED if it cannot be
   // created, locked or written; DataLoss if it is corrupt.
   static absl::StatusOr<std::unique_ptr<Journal>> Open(const std::string& path,
@@ -77,6 +77,8 @@ class Journal final : public RecordLog {
   Journal(std::string path, UniqueFd fd) : path_(std::move(path)), fd_(std::move(fd)) {}
   bool CutTail();
   absl::Status WriteSlot(const std::string& slot, uint64_t offset);
+  absl::Status SyncSlots();
+  absl::Status FinishCreation();
 
   const std::string path_;
   const UniqueFd fd_;
@@ -84,6 +86,7 @@ class Journal final : public RecordLog {
   mutable std::mutex mutex_;
   std::vector<JournalRecord> records_;  // guarded by mutex_
   uint64_t end_ = 0;                    // guarded by mutex_
+  bool created_ = true;                 // guarded by mutex_: header and directory entry are durable
   bool absent_ = true;                  // guarded by mutex_: the last failure left nothing behind
 };
 

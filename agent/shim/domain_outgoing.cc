@@ -154,7 +154,8 @@ void DomainOutgoing::Run() {
 absl::Status DomainOutgoing::Prepare() {
   const Deadline deadline = Deadline::After(kConnectTimeout);
   RETURN_IF_ERROR(OpenTunnel());
-  // What is to be known and set here goes while the destination's libvirt is being connected to.
+  // What is to be known, set and kept here goes while the destination's libvirt is being connected to.
+  RETURN_IF_ERROR(p_.journal.Own(command_.epoch()));
   RETURN_IF_ERROR(AwaitLocal(deadline));
   ASSIGN_OR_RETURN(bool running, ReadSource(deadline));
   if (!running)

@@ -85,12 +85,18 @@ absl::Status DomainJournal::Append(Kind kind, uint64_t epoch, const std::string&
   return journal_->Append(record);
 }
 
-absl::Status DomainJournal::Own(uint64_t epoch) {
+absl::Status DomainJournal::CheckSettled() const {
   ASSIGN_OR_RETURN(migration::Ownership now, Now());
-  if (now.state == State::kOwner && now.epoch == epoch) return absl::OkStatus();
   if (now.state == State::kYielded)
     return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
                  "the outcome of migration {} is not known yet", now.migration);
+  return absl::OkStatus();
+}
+
+absl::Status DomainJournal::Own(uint64_t epoch) {
+  ASSIGN_OR_RETURN(migration::Ownership now, Now());
+  if (now.state == State::kOwner && now.epoch == epoch) return absl::OkStatus();
+  RETURN_IF_ERROR(CheckSettled());
   return Append(Kind::kOwner, epoch, "");
 }
 

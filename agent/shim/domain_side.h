@@ -44,6 +44,8 @@ class DomainJournal {
   v1::HandoverState VerdictOf(const std::string& migration) const;
 
   // --- source ---
+  // FailedPrecondition while the outcome of a migration is not known.
+  absl::Status CheckSettled() const;
   // The domain runs here at `epoch`, as libvirt says. FailedPrecondition while the outcome of a migration is
   // not known.
   absl::Status Own(uint64_t epoch);
