@@ -38,12 +38,10 @@ class TlsHost(LibvirtHost):
 
 def by_virsh(cluster, source, destination, tls):
     hosts = cluster.hosts
-    uri = "unix://" + os.path.join(cluster.lab.dir, f"to-{destination}.sock")
-    more = []
-    if tls:
-        # QEMU checks the name of the host that it connects to.
-        uri = f"tcp://{cluster.network.address(destination, source)}"
-        more = ["--tls"]
+    # As between any two hosts: only here both could reach a unix socket. With TLS, QEMU checks the name of the host that it
+    # connects to.
+    uri = f"tcp://{cluster.network.address(destination, source)}"
+    more = ["--tls"] if tls else []
     command = hosts[source].virsh_command("migrate", "--live", "--p2p", "--persistent", "--undefinesource", "--unsafe", *more,
                                           VM, hosts[destination].uri, "--migrateuri", uri)
     cluster.lab.run(command, timeout=120)
