@@ -243,7 +243,7 @@ void EmitDevice(YAML::Emitter& out, const v1::DeviceSpec& device) {
 }  // namespace
 
 bool IsValidName(const std::string& name) {
-  if (name.empty() || name.size() > 41 || name[0] == '-') return false;
+  if (name.empty() || name.size() > kMaxNameLength || name[0] == '-') return false;
   for (char c : name) {
     if (!(c >= 'a' && c <= 'z') && !(c >= '0' && c <= '9') && c != '-') return false;
   }

@@ -2,6 +2,7 @@
 // rules that hold for both. Pure except for ReadVmSpecFile; any thread.
 #pragma once
 
+#include <cstddef>
 #include <string>
 
 #include "baton/v1/vm_spec.pb.h"
@@ -31,6 +32,7 @@ std::string VmSpecToYaml(const v1::VmSpec& spec);
 // The device name of Baton's own balloon (VmSpec.free_page_hints).
 inline constexpr char kHintBalloonName[] = "balloon";
 
+inline constexpr size_t kMaxNameLength = 41;
 // [a-z0-9][a-z0-9-]{0,40}: the names of VMs, hosts and devices; safe in file names and QEMU ids.
 bool IsValidName(const std::string& name);
 extern const char kNameRule[];

@@ -43,7 +43,7 @@ absl::StatusOr<std::unique_ptr<Agent>> Agent::Start(AgentConfig config,
                                                     std::unique_ptr<ShimLauncher> launcher) {
   RETURN_IF_ERROR(CheckAgentEnvironment(config));
   std::unique_ptr<Agent> agent(new Agent(std::move(config)));
-  agent->launcher_ = launcher ? std::move(launcher) : MakeShimLauncher(agent->config_);
+  agent->launcher_ = launcher ? std::move(launcher) : MakeShimLauncher(agent->config_, &agent->vm_tasks_);
   RETURN_IF_ERROR(agent->LockStateDir());
   RETURN_IF_ERROR(agent->StartServices());
   return agent;
@@ -97,6 +97,7 @@ absl::Status Agent::StartServices() {
   // Peers find their VMs from the first connection on.
   RETURN_IF_ERROR(vms_->FindAgain(Deadline::After(seconds(60))));
   if (domains_) RETURN_IF_ERROR(domains_->FindAgain(Deadline::After(seconds(60))));
+  launcher_->KeepSpare();
   ASSIGN_OR_RETURN(peer_port_, PeerPort::Start(config_, *vms_, domains_.get(), metrics_, peer_tasks_));
   TlsFiles tls{config_.session_tls.ca, config_.session_tls.cert, config_.session_tls.key};
   auto channel = MakeChannel(config_.batond, tls, config_.session_server_name, LongStreamArguments());

@@ -1,5 +1,6 @@
 #include "agent/shim/domain_shim.h"
 
+#include <libvirt/libvirt.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -12,6 +13,11 @@
 #include "common/version.h"
 
 namespace baton::shim {
+
+void DomainShim::GetReady() {
+  // Does nothing the second time; what is wrong shows with the first connection.
+  (void)::virInitialize();
+}
 
 absl::StatusOr<std::unique_ptr<DomainShim>> DomainShim::Create(const std::string& dir) {
   ASSIGN_OR_RETURN(ConfigStore config, ConfigStore::Load(dir));
@@ -197,15 +203,17 @@ absl::Status DomainShim::StartOutgoing(const v1::StartOutgoingCommand& command) 
   if (!command.has_domain() || command.domain().tunnel_dir().empty() ||
       command.domain().tunnel_dir()[0] != '/')
     return absl::InvalidArgumentError("the command does not say how the domain is to be moved");
-  RETURN_IF_ERROR(journal_->Own(command.epoch()));
+  RETURN_IF_ERROR(journal_->CheckSettled());
   // A crash of the host ends the guest's QEMU and libvirt's call as well: what is lost with it is a word that
   // this migration was begun, and the disk is waited for while the connections are made.
   RETURN_IF_ERROR(config_.UpdateSoon([&](v1::ShimConfig& c) { *c.mutable_outgoing() = command; }));
   outgoing_.reset();
   outgoing_ = std::make_unique<DomainOutgoing>(OutgoingParts(), command, /*resume=*/false);
   PublishStatus();
-  if (absl::Status synced = config_.Sync(); !synced.ok())
-    LOG_WARN("migration {}: {}", command.migration_id(), Message(synced));
+  // After the answer.
+  loop_->Post([this, id = command.migration_id()] {
+    if (absl::Status synced = config_.Sync(); !synced.ok()) LOG_WARN("migration {}: {}", id, Message(synced));
+  });
   return absl::OkStatus();
 }
 

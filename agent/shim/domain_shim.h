@@ -27,6 +27,8 @@ namespace baton::shim {
 
 class DomainShim {
  public:
+  // What can be done before there is a domain: libvirt's client library gets ready. Starts no thread.
+  static void GetReady();
   // Reads `dir`/shim.conf, takes the journal's lock and listens at run_dir/shim.sock.
   static absl::StatusOr<std::unique_ptr<DomainShim>> Create(const std::string& dir);
   ~DomainShim();

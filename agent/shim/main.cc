@@ -7,6 +7,7 @@
 
 #include "agent/shim/domain_shim.h"
 #include "agent/shim/shim.h"
+#include "agent/shim/spare.h"
 #include "common/log.h"
 #include "common/version.h"
 
@@ -40,7 +41,7 @@ int Serve(const std::string& dir) {
 
 int main(int argc, char** argv) {
   LimitMemory();
-  std::string dir;
+  std::string dir, room;
   baton::LogOptions log;
   log.program = "baton-shim";
   {
@@ -48,8 +49,14 @@ int main(int argc, char** argv) {
         "Serves one VM of this host: stands between its vhost-user devices and their back-ends, and moves "
         "it.",
         "baton-shim"};
-    app.add_option("--dir", dir, "State directory of the VM; holds shim.conf, which baton-agent wrote")
-        ->required();
+    auto* one = app.add_option_group("One of");
+    one->add_option("--dir", dir, "State directory of the VM; holds shim.conf, which baton-agent wrote");
+    one->add_option(
+           "--spare", room,
+           "Wait until baton-agent, at the other end of standard input, names the directory; ROOM is "
+           "anything at least as long as that will be")
+        ->option_text("ROOM");
+    one->require_option(1);
     app.add_option("--log-level", log.level, "trace, debug, info, warn or error")
         ->check(CLI::IsMember({"trace", "debug", "info", "warn", "error"}));
     app.add_flag("--log-json", log.json, "One JSON object a line");
@@ -59,6 +66,16 @@ int main(int argc, char** argv) {
     } catch (const CLI::ParseError& error) {
       return app.exit(error) == 0 ? 0 : 2;
     }
+  }
+  if (!room.empty()) {
+    baton::shim::DomainShim::GetReady();
+    auto vm = baton::shim::AwaitVm(argc, argv);
+    if (!vm.ok()) {
+      std::fprintf(stderr, "baton-shim: %s\n", baton::Message(vm.status()).c_str());
+      return 1;
+    }
+    if (vm->empty()) return 0;
+    dir = *vm;
   }
   log.context = "vm=" + dir.substr(dir.find_last_of('/') + 1);
   baton::InitLogging(log);

@@ -137,8 +137,8 @@ class Lab:
             raise LabError(f"{' '.join(argv)}: exit {result.returncode}\n{result.stdout}{result.stderr}")
         return result
 
-    def find(self, program=None, host=None, containing=None):
-        """Living processes of this lab."""
+    def find(self, program=None, host=None, containing=None, spares=False):
+        """Living processes of this lab; `spares`: with the shims that have no VM yet, which come and go with their agent."""
         found = []
         mark = f"{MARK}={self.id}".encode()
         for entry in os.listdir("/proc"):
@@ -160,6 +160,8 @@ class Lab:
             where = inside or next((word.split(b"=", 1)[1].decode() for word in environ
                                     if word.startswith(HOST_MARK.encode() + b"=")), "")
             process = Found(int(entry), where, argv, start)
+            if "--spare" in argv[:2] and not spares:
+                continue
             if program and not process.program.startswith(program):
                 continue
             if host is not None and process.host != host:
@@ -173,7 +175,7 @@ class Lab:
         """Ends everything; again until nothing is left, because an agent may just be starting a shim."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            left = self.find()
+            left = self.find(spares=True)
             for process in left:
                 process.kill()
             for child in self.children:
@@ -207,7 +209,7 @@ class Lab:
 
     def leftovers(self):
         """What is still there after close(): for the test that nothing is."""
-        left = [repr(process) for process in self.find()]
+        left = [repr(process) for process in self.find(spares=True)]
         for path in (self.dir, self.memory_dir):
             if os.path.exists(path):
                 left.append(path)
