@@ -90,7 +90,12 @@ class Child {
   bool Finish() {
     Set(board_->stop, 1);
     int status = -1;
-    return ::waitpid(pid_, &status, 0) == pid_ && WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    // A tracer's thread that was joined may still be on its way out of the kernel, which lets its tracee go
+    // only then (exit_ptrace()): until then a stop is reported to every thread of the tracer's process.
+    while (::waitpid(pid_, &status, 0) == pid_) {
+      if (!WIFSTOPPED(status)) return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    }
+    return false;
   }
   pid_t pid() const { return pid_; }
   Board& board() { return *board_; }
