@@ -204,7 +204,8 @@ int main(int argc, char** argv) {
   uint64_t runs = 200, seed = std::random_device{}();
   std::string device, level = "error";
   CLI::App app("Random crashes of back-end and shim under a lab guest; see tests/soak/devices.cc");
-  app.add_option("--runs", runs, "incidents");
+  // ./dev gives one, which the caller may replace.
+  app.add_option("--runs", runs, "incidents")->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.add_option("--seed", seed, "of everything that is random; printed");
   app.add_option("--device", device, "path of baton-lab-device")->required();
   app.add_option("--log-level", level);
