@@ -42,9 +42,9 @@ uint64_t Journal::NewRun() {
 void Journal::Record(uint64_t device, JournalEvent event, uint32_t queue, uint64_t counter, uint64_t offset,
                      uint64_t length, uint64_t tag) {
   char line[160];
-  const int size =
-      std::snprintf(line, sizeof line, "%" PRIu64 " %c %u %" PRIu64 " %" PRIu64 " %" PRIu64 " %" PRIu64 "\n",
-                    device, static_cast<char>(event), queue, counter, offset, length, tag);
+  const int size = std::snprintf(line, sizeof line,
+                                 "\n%" PRIu64 " %c %u %" PRIu64 " %" PRIu64 " %" PRIu64 " %" PRIu64 " .",
+                                 device, static_cast<char>(event), queue, counter, offset, length, tag);
   // A journal that cannot be written is found when it is checked: records are missing.
   if (::write(fd_.get(), line, static_cast<size_t>(size)) != size) fd_.reset();
 }
@@ -55,6 +55,9 @@ absl::StatusOr<std::vector<JournalRecord>> ReadJournal(const std::string& path) 
   std::vector<JournalRecord> out;
   std::string line;
   while (std::getline(in, line)) {
+    // A write(2) that goes over the end of a page may be cut there when the process is killed
+    // (generic_perform_write() looks for fatal signals between pages): as if it had been killed before it.
+    if (!line.ends_with('.')) continue;
     JournalRecord r;
     char event = 0;
     if (std::sscanf(line.c_str(), "%" SCNu64 " %c %u %" SCNu64 " %" SCNu64 " %" SCNu64 " %" SCNu64, &r.device,

@@ -2,7 +2,8 @@
 // from it that nothing was done twice or in the wrong order. Devices of several processes, one after the
 // other or at the same time, append to one file.
 //
-// Records are lines of words: DEVICE EVENT QUEUE COUNTER OFFSET LENGTH TAG. DEVICE tells runs apart, each
+// Records are lines of words: DEVICE EVENT QUEUE COUNTER OFFSET LENGTH TAG and a full stop, without which a
+// line is what a killed process has left of one. DEVICE tells runs apart, each
 // from the start of a queue to its stop; QUEUE and COUNTER name the request (a request that is replayed keeps
 // its counter, under the next DEVICE); TAG is a number found in the data of a write, by which a workload
 // tells its writes.
@@ -37,8 +38,8 @@ struct JournalRecord {
 
 class Journal {
  public:
-  // Appends to `path`; each record is one write(2), so that it survives the process and does not mix with
-  // those of others.
+  // Appends to `path`; each record is one write(2) and begins with the line break, so that it survives the
+  // process and does not mix with those of others, nor with a torn one before it.
   static absl::StatusOr<Journal> Open(const std::string& path);
   Journal() = default;
   explicit operator bool() const { return fd_.valid(); }
