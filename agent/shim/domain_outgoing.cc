@@ -153,6 +153,7 @@ void DomainOutgoing::Run() {
 
 absl::Status DomainOutgoing::Prepare() {
   const Deadline deadline = Deadline::After(kConnectTimeout);
+  OpenCaller();
   RETURN_IF_ERROR(OpenTunnel());
   // What is to be known, set and kept here goes while the destination's libvirt is being connected to.
   RETURN_IF_ERROR(p_.journal.Own(command_.epoch()));
@@ -346,6 +347,16 @@ absl::Status DomainOutgoing::AwaitRemote(Deadline deadline) {
                Message(there), broken_.empty() ? "" : " (" + broken_ + ")");
 }
 
+void DomainOutgoing::OpenCaller() {
+  if (caller_) return;
+  vmm::LibvirtOptions options;
+  options.uri = p_.local.uri();
+  options.events = vmm::LibvirtOptions::Events::kNone;
+  vmm::LibvirtCallbacks callbacks;
+  callbacks.on_state = [mail = mail_](bool, const std::string&) { mail->Wake(); };
+  caller_ = vmm::LibvirtConnection::Start(std::move(options), std::move(callbacks));
+}
+
 absl::Status DomainOutgoing::BeginCall(bool recover) {
   {
     std::lock_guard lock(mutex_);
@@ -353,17 +364,22 @@ absl::Status DomainOutgoing::BeginCall(bool recover) {
   }
   // A shim that was started meanwhile knows nothing of it.
   if (recover && source_.xml.empty()) RETURN_IF_ERROR(ReadSource(Deadline::After(kCallTimeout)).status());
-  ASSIGN_OR_RETURN(vmm::MoveCall call, vmm::MakeMoveCall(source_, command_.domain(), command_.params()));
-  if (recover) call.flags |= VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_POSTCOPY_RESUME;
+  ASSIGN_OR_RETURN(vmm::MoveCall call,
+                   recover ? vmm::MakeRecoverCall(source_, command_.domain(), command_.params())
+                           : vmm::MakeMoveCall(source_, command_.domain(), command_.params()));
   if (!recover) {
     deadline_ = Clock::now() + migration::DurationOr(command_.params().has_max_duration(),
                                                      command_.params().max_duration(), std::chrono::hours(1));
   }
+  OpenCaller();
+  absl::Status there = AwaitConnection(*caller_, Deadline::After(recover ? kCallTimeout : kConnectTimeout));
+  if (!there.ok()) return absl::IsUnavailable(there) ? WithReason(there, v1::SOURCE_VMM_FAILED) : there;
   call_active_ = true;
   LOG_INFO("migration {}: {} to {} by libvirt", id(), recover ? "post-copy is recovered" : "the domain moves",
            command_.peer_address());
-  absl::Status begun =
-      mover_.Start(call, [mail = mail_](absl::Status status) { mail->EndCall(std::move(status)); });
+  absl::Status begun = vmm::DomainMover(*caller_, uuid_).Start(call, [mail = mail_](absl::Status status) {
+    mail->EndCall(std::move(status));
+  });
   if (!begun.ok()) call_active_ = false;
   return begun;
 }

@@ -80,6 +80,8 @@ class DomainOutgoing {
   absl::Status AwaitRemote(Deadline deadline);
   // Until `connection` is there; what asks for the end of the migration ends it.
   absl::Status AwaitConnection(const vmm::LibvirtConnection& connection, Deadline deadline);
+  // Begins to connect to this host's libvirt for the call that lasts, which has a connection to itself.
+  void OpenCaller();
   absl::Status BeginCall(bool recover);
   // Tells QEMU the blackout that it may aim at.
   void LimitDowntime(Duration limit);
@@ -138,6 +140,7 @@ class DomainOutgoing {
   std::shared_ptr<stream::TunnelEntrance> entrance_;  // replaced under mutex_
   std::unique_ptr<DomainDeviceSender> device_link_;   // while the call is under way
   std::unique_ptr<vmm::LibvirtConnection> remote_;
+  std::unique_ptr<vmm::LibvirtConnection> caller_;
   // The destination's libvirt could be seen all the time since before the handover.
   const std::shared_ptr<std::atomic<bool>> watched_;
   // The connection to this host's libvirt was lost once: that the domain was stopped may not have been heard.

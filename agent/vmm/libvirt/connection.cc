@@ -346,7 +346,8 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
         {VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnDevice)},
         {VIR_DOMAIN_EVENT_ID_BALLOON_CHANGE, VIR_DOMAIN_EVENT_CALLBACK(&Impl::OnBalloon)},
     };
-    const size_t count = options_.events == Events::kLifecycle   ? kOfLifecycle
+    const size_t count = options_.events == Events::kNone        ? 0
+                         : options_.events == Events::kLifecycle ? kOfLifecycle
                          : options_.events == Events::kMigration ? kOfMigration
                                                                  : std::size(wanted);
     registrations_.clear();

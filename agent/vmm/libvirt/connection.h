@@ -43,7 +43,7 @@ struct LibvirtOptions {
   Duration keepalive = std::chrono::seconds(15);
   // Which events are told of: each kind of libvirt's is a question more when connecting and when leaving, and
   // messages more at the moment at which a migration switches over. Of kLifecycle kDefinition is a part.
-  enum class Events { kAll, kMigration, kLifecycle };
+  enum class Events { kAll, kMigration, kLifecycle, kNone };
   Events events = Events::kAll;
   // Calls at one time, those that hang included.
   int max_calls = 16;
@@ -90,6 +90,11 @@ class LibvirtConnection {
                     Deadline deadline);
   // The same for a call that may last for hours: returns at once, and `done` hears the outcome on the call's
   // thread, once, also after this object is gone. An error that is returned comes instead of `done`.
+  //
+  // It should have a connection to itself. Where one thread waits for the answer to a long call, libvirt's
+  // client sends what others ask on the same connection by waking that thread, and a wake-up between two of
+  // its waits is lost (virNetClientIOEventLoop, libvirt 9.0): the question is not sent before the daemon says
+  // something else.
   absl::Status Begin(const std::string& what, std::function<absl::Status(virConnectPtr)> call,
                      std::function<void(absl::Status)> done);
 

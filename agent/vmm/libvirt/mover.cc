@@ -113,6 +113,14 @@ absl::StatusOr<MoveCall> MakeMoveCall(const MoveSource& source, const v1::Domain
   return call;
 }
 
+absl::StatusOr<MoveCall> MakeRecoverCall(const MoveSource& source, const v1::DomainTarget& target,
+                                         v1::MigrationParams params) {
+  params.clear_bandwidth();
+  ASSIGN_OR_RETURN(MoveCall call, MakeMoveCall(source, target, params));
+  call.flags |= VIR_MIGRATE_POSTCOPY | VIR_MIGRATE_POSTCOPY_RESUME;
+  return call;
+}
+
 absl::Status DomainMover::Start(const MoveCall& call, std::function<void(absl::Status)> done) {
   return connection_.Begin(
       "migrating",

@@ -39,6 +39,11 @@ struct MoveSource {
 // What to ask libvirt for. Pure. InvalidArgument for a combination that QEMU cannot do.
 absl::StatusOr<MoveCall> MakeMoveCall(const MoveSource& source, const v1::DomainTarget& target,
                                       const v1::MigrationParams& params);
+// The same to connect the two halves of a domain again whose post-copy lost its connection. The source's QEMU
+// is the one that was told the bandwidth, and keeps what it was told last, by `params` or since: nothing is
+// said of it.
+absl::StatusOr<MoveCall> MakeRecoverCall(const MoveSource& source, const v1::DomainTarget& target,
+                                         v1::MigrationParams params);
 
 // Paths of the sockets in a tunnel's directory; the names are fixed, since both hosts use them.
 std::string TunnelUri(const v1::DomainTarget& target);

@@ -136,6 +136,21 @@ TEST(MoveCall, PostCopy_OnlyWhereItIsAllowed) {
   EXPECT_THAT(Message(MakeMoveCall({}, Target(), params).status()), HasSubstr("single channel"));
 }
 
+TEST(MoveCall, Recovery_LeavesTheBandwidthAsItIs) {
+  v1::MigrationParams params;
+  params.set_post_copy(true);
+  params.set_bandwidth(5 << 20);
+  auto call = MakeRecoverCall({true, "<domain/>", false}, Target(), params);
+  ASSERT_TRUE(call.ok());
+  EXPECT_TRUE(call->flags & VIR_MIGRATE_POSTCOPY);
+  EXPECT_TRUE(call->flags & VIR_MIGRATE_POSTCOPY_RESUME);
+  EXPECT_TRUE(call->flags & VIR_MIGRATE_PERSIST_DEST);
+  EXPECT_EQ(call->destination, "qemu+unix:///system?socket=/run/t/m1/libvirt");
+  // It may have been changed since the call that began the migration.
+  EXPECT_TRUE(All(*call, VIR_MIGRATE_PARAM_BANDWIDTH).empty());
+  EXPECT_TRUE(All(*call, VIR_MIGRATE_PARAM_BANDWIDTH_POSTCOPY).empty());
+}
+
 TEST(MoveCall, SessionUri_KeepsItsPath) {
   v1::DomainTarget target = Target();
   target.set_uri("qemu+unix:///session");
