@@ -115,41 +115,109 @@ class MoreRecovery(Recovery):
     """The same with two breaks, and where a shim that carried the connections is killed. Not part of the suite: see
     docs/libvirt.md."""
 
+    # The disk has pauses: QEMU 10.0 may lose the end of requests that a disk with an <iothread> has in flight when the guest
+    # is stopped, until its next request (docs/libvirt.md).
+    CMDLINE = PostCopy.CMDLINE + " lab.delay_us=10000"
+    # Pre-copy never ends, and Baton leaves it as it is: the moment is this test's.
+    OPTIONS = ("--post-copy", "--on-stall", "postcopy", "--max-stalled-rounds", "1000", "--bandwidth", "16MiB",
+               "--max-downtime", "1ms")
+    # Pages that the guest rewrites before post-copy begins: two of three of those that it has, which then are to be sent.
+    REWRITTEN = 8192
+    # Moves whose post-copy may be over before it is interrupted.
+    ATTEMPTS = 3
+
     test_the_connections_are_cut_when_the_guest_answers_at_the_destination = None
     test_the_connections_are_cut_when_half_of_the_memory_is_there = None
 
-    def wait_event(self, events, what, name):
-        """Until the daemon whose `events` these are tells so of the domain."""
-        wait_until(lambda: select.select([events], [], [], 1)[0] and events.readline().rstrip().endswith(what),
-                   lambda: f"{what} of {self.describe(name)}, it is {self.cluster.states(VM)}", 60, pause=0)
+    def job(self, figure):
+        """A line of libvirt's account at the source, "" where it has none."""
+        info = self.cluster.hosts[self.source].virsh("domjobinfo", VM, check=False).stdout
+        found = re.search(rf"^{figure}:\s+(.*?)\s*$", info, re.MULTILINE)
+        return found[1] if found else ""
 
-    def test_the_connections_are_cut_twice(self):
+    def begin_postcopy(self):
+        """Post-copy with much to send and a bandwidth that makes it last, until the guest has answered at the destination: an
+        interrupt whose handler needs a page that cannot come would stop QEMU's main thread as well, where there is no KVM.
+        What a guest needs for that it has by then."""
+        self.source, self.destination = self.ends()
+        self.held = []
+        name = self.migrate(self.destination, wait=False, options=self.OPTIONS)["name"]
+        # The first pass brings what the guest hardly changes.
+        wait_until(lambda: int(self.job("Iteration") or 0) >= 2, lambda: f"a second pass of {self.describe(name)}", 60,
+                   pause=0.05)
+        # Less than the guest writes, in pre-copy and afterwards. What the guest waits for comes at once all the same.
+        self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "1MiB")
+        first = int(self.guest.status()["memory_writes"])
+        wait_until(lambda: int(self.guest.status()["memory_writes"]) >= first + self.REWRITTEN,
+                   lambda: f"the guest to rewrite its memory; {self.describe(name)}", 60, pause=0.1)
+        self.cluster.hosts[self.source].virsh("migrate-postcopy", VM)
+        wait_until(lambda: (self.cluster.hosts[self.destination].state(VM) or "").startswith("running"),
+                   lambda: f"{VM} to run at {self.destination}; {self.describe(name)}", 60, pause=0.02)
+        self.guest.wait_ready()
+        return name
+
+    def wait_status(self, events, wanted, name):
+        """Until QEMU has gone over to one of those states, by its `events`; which one."""
+        seen = []
+
+        def told():
+            if select.select([events], [], [], 1)[0]:
+                seen.extend(re.findall(rb'"status":"([a-z-]+)"', events.readline()))
+            return seen[-1].decode() if seen and seen[-1].decode() in wanted else None
+        return wait_until(told, lambda: f"{wanted} of QEMU at {self.source}, it told of {seen}; {self.describe(name)}, it is "
+                          f"{self.cluster.states(VM)}", 90, pause=0)
+
+    def recoveries(self, name):
+        decisions = self.cluster.migration(name)["progress"].get("decisions", [])
+        return [decision["action"] for decision in decisions].count("recover")
+
+    def interrupted(self, interrupt, times):
+        """How often post-copy of a move was interrupted, by QEMU's account, and went on afterwards; not more than `times`."""
         self.have_guest()
-        with self.cluster.hosts[self.host()].events(VM) as events:
+        with self.cluster.hosts[self.host()].events(VM, "MIGRATION") as events:
             name = self.begin_postcopy()
-            self.cut()
-            # The source waits for another connection, and has one. What remains is soon sent.
-            self.wait_event(events, b"Suspended Post-copy Error", name)
-            self.wait_event(events, b"Suspended Post-copy", name)
-            self.cut()
-        self.assertGreaterEqual(self.finish(name), 2)
+            count = 0
+            while count < times and self.remaining():
+                interrupt(name)
+                if self.wait_status(events, ("postcopy-paused", "completed"), name) == "completed":
+                    break
+                # QEMU is connected again and goes on.
+                self.wait_status(events, ("postcopy-active",), name)
+                count += 1
+        # What libvirt's own state says of it then depends on the moment.
+        self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited", check=False)
+        self.assertGreaterEqual(self.finish(name), count)
+        return count
+
+    def check(self, interrupt, times=1):
+        """A move whose post-copy is interrupted so often is a success, and its record has the recoveries. One that was over
+        before it could be interrupted shows nothing, and another one is begun."""
+        for attempt in range(self.ATTEMPTS):
+            count = self.interrupted(interrupt, times)
+            if count == times:
+                return
+            print(f"    attempt {attempt + 1}: post-copy was over after {count} interruptions", file=sys.stderr, flush=True)
+        self.fail(f"post-copy could not be interrupted in {self.ATTEMPTS} moves")
+
+    def cut_within_limit(self, name):
+        """A recovery leaves the limit that was set before it."""
+        known = self.cluster.hosts[self.source].monitor(VM, "info migrate_parameters")
+        self.assertRegex(known, rf"max-postcopy-bandwidth: {1 << 20}\b")
+        self.cut()
 
     def kill_shim(self, host):
         found = self.processes("baton-shim", host)
         self.assertEqual(len(found), 1, found)
         found[0].end()
 
+    def test_the_connections_are_cut_twice(self):
+        self.check(self.cut_within_limit, times=2)
+
     def test_the_shim_of_the_source_is_killed(self):
-        self.have_guest()
-        name = self.begin_postcopy()
-        self.kill_shim(self.source)
-        self.finish(name)
+        self.check(lambda name: self.kill_shim(self.source))
 
     def test_the_shim_of_the_destination_is_killed(self):
-        self.have_guest()
-        name = self.begin_postcopy()
-        self.kill_shim(self.destination)
-        self.finish(name)
+        self.check(lambda name: self.kill_shim(self.destination))
 
 
 class Parameters(ModesTest):

@@ -209,10 +209,13 @@ class LibvirtHost:
         return self.virsh("list", "--name").stdout.split()
 
     @contextlib.contextmanager
-    def events(self, name):
-        """A pipe with what libvirtd tells of a domain's life, a line for each event as it comes. What happens in the first
-        moments may be missing."""
-        command = ["stdbuf", "-oL", *self.virsh_command("event", "--domain", name, "--event", "lifecycle", "--loop")]
+    def events(self, name, kind="lifecycle"):
+        """A pipe with what libvirtd tells of a domain, a line for each event as it comes. What happens in the first moments may
+        be missing. `kind` in capitals: QEMU's events of that name, as QEMU tells of them."""
+        question = ["event", "--domain", name, "--event", kind]
+        if kind.isupper():
+            question = ["qemu-monitor-event", name, "--event", kind]
+        command = ["stdbuf", "-oL", *self.virsh_command(*question, "--loop")]
         with subprocess.Popen(command, bufsize=0, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               env=self.cluster.lab.environment()) as watcher:
             try:
