@@ -123,11 +123,10 @@ absl::StatusOr<v1::Inspection> DomainManager::Inspect(const v1::InspectVmCommand
   v1::RamBlockInfo* ram = inspection.add_blocks();
   ram->set_id("ram");
   ram->set_size(domain.memory_bytes);
-  if (facts->incoming) {
-    // A finding says so; what libvirt would not answer anyway is not asked.
-    inspection.set_memory_used(domain.memory_bytes);
-    return inspection;
-  }
+  inspection.set_memory_used(domain.memory_bytes);
+  // For a forecast, and nothing else asks for a sample. Of a domain that arrives a finding tells, and libvirt
+  // would not answer.
+  if (facts->incoming || !command.has_dirty_sample()) return inspection;
   inspection.set_memory_used(MemoryUsed(*libvirt, uuid, domain.memory_bytes, deadline));
   const Duration sample =
       seconds(command.dirty_sample().seconds()) + std::chrono::nanoseconds(command.dirty_sample().nanos());

@@ -5,9 +5,11 @@
 #include <sys/uio.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "agent/stream/tls.h"
 #include "common/clock.h"
@@ -71,8 +73,16 @@ class Channel {
 
 // Sets what every peer connection gets: non-blocking, close-on-exec, TCP_NODELAY, TCP_USER_TIMEOUT of 10 s,
 // and keepalive probes after 5 s of silence: a host that is gone is noticed within 15 s, on a connection on
-// which nothing is sent as well. Unix sockets are left as they are apart from the first two.
+// which nothing is sent as well; and CongestionControlFor(). Unix sockets are left as they are apart from the
+// first two.
 absl::Status PrepareSocket(int fd);
+
+// The congestion control (tcp(7), TCP_CONGESTION) for a connection that has `current` and whose handshake
+// took `round_trip`: another one within a site where `current` is BBR, otherwise `current`. BBR paces: it
+// sends in bursts of its own small size at times of a timer, for queues of long paths that are not there.
+// Between two hosts of a site that costs twice the processor time for the same bytes (docs/benchmarks.md),
+// which QEMU and its guest need. Pure.
+std::string_view CongestionControlFor(std::string_view current, std::chrono::microseconds round_trip);
 
 // For a TCP connection whose reader is not Baton: how long the other end may take nothing before the
 // connection counts as broken. TCP_USER_TIMEOUT ends one with a closed window too, however alive the host is

@@ -84,7 +84,7 @@ absl::StatusOr<JobFigures> AskJob(virDomainPtr domain, bool completed) {
   return out;
 }
 
-MigrationJob AskMigrationJob(virDomainPtr domain) {
+MigrationJob AskMigrationJob(virDomainPtr domain, JobFigures* figures) {
   auto job = AskJob(domain, false);
   if (!job.ok()) {
     // "migration statistics are available only on the source host" (libvirt 9.0 to 11.3). A domain without a
@@ -92,6 +92,7 @@ MigrationJob AskMigrationJob(virDomainPtr domain) {
     return virGetLastErrorCode() == VIR_ERR_OPERATION_UNSUPPORTED ? MigrationJob::kIncoming
                                                                   : MigrationJob::kNone;
   }
+  if (figures != nullptr) *figures = *job;
   if (job->type == VIR_DOMAIN_JOB_NONE) return MigrationJob::kNone;
   if (job->operation == VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN) return MigrationJob::kIncoming;
   return job->outgoing() ? MigrationJob::kOutgoing : MigrationJob::kNone;

@@ -52,8 +52,9 @@ absl::StatusOr<JobFigures> AskJob(virDomainPtr domain, bool completed);
 // What libvirt is doing with the domain, as far as it is a migration.
 enum class MigrationJob { kNone, kOutgoing, kIncoming };
 // Like AskJob(). An incoming one lasts from libvirt's prepare until its finish is over, whatever the state of
-// the domain; it has no figures, so AskJob() does not tell it.
-MigrationJob AskMigrationJob(virDomainPtr domain);
+// the domain; it has no figures, so AskJob() does not tell it. `figures`, if wanted, are those of the job
+// under way, whatever its kind; left alone where there are none.
+MigrationJob AskMigrationJob(virDomainPtr domain, JobFigures* figures = nullptr);
 
 // Writes the figures into `progress`: amounts, what remains, rates. Rounds and decisions are others'. Pure.
 void FillProgress(const JobFigures& job, v1::Progress* progress);

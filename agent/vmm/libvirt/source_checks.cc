@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <future>
 #include <memory>
 
 #include "agent/vmm/libvirt/checks.h"
@@ -46,16 +47,6 @@ const char* OperationName(int operation) {
   }
 }
 
-std::string JobOf(virDomainPtr domain) {
-  int type = VIR_DOMAIN_JOB_NONE, count = 0;
-  virTypedParameterPtr params = nullptr;
-  if (virDomainGetJobStats(domain, &type, &params, &count, 0) != 0) return "";
-  int operation = 0;
-  virTypedParamsGetInt(params, count, VIR_DOMAIN_JOB_OPERATION, &operation);
-  virTypedParamsFree(params, count);
-  return type == VIR_DOMAIN_JOB_NONE ? "" : OperationName(operation);
-}
-
 // Asks libvirt for what is in QEMU's view of the disks: their size as the guest sees it, and what happens to
 // them.
 void AddDisks(virDomainPtr domain, const DomainNeeds& needs, SourceFacts& facts) {
@@ -74,34 +65,38 @@ void AddDisks(virDomainPtr domain, const DomainNeeds& needs, SourceFacts& facts)
   }
 }
 
-absl::StatusOr<SourceFacts> AskLibvirt(virConnectPtr c, const std::string& uuid) {
-  const DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
-  if (!domain) return LibvirtError(fmt::format("domain {}", uuid));
+using SharedDomain = std::shared_ptr<virDomain>;
+
+// What decides what else can be asked.
+absl::StatusOr<SourceFacts> AskState(virConnectPtr c, const std::string& uuid, SharedDomain& out) {
+  DomainPtr found(virDomainLookupByUUIDString(c, uuid.c_str()));
+  if (!found) return LibvirtError(fmt::format("domain {}", uuid));
+  const SharedDomain domain(std::move(found));
   SourceFacts facts;
   // First: what stands still for a job must not be taken for what a job has left.
-  facts.incoming = AskMigrationJob(domain.get()) == MigrationJob::kIncoming;
+  JobFigures job;
+  facts.incoming = AskMigrationJob(domain.get(), &job) == MigrationJob::kIncoming;
+  // Whatever is asked of a domain that arrives would wait for that job's end.
+  if (!facts.incoming && job.type != VIR_DOMAIN_JOB_NONE) facts.job = OperationName(job.operation);
   if (virDomainGetState(domain.get(), &facts.state, &facts.reason, 0) != 0) return LibvirtError("state");
-  facts.persistent = virDomainIsPersistent(domain.get()) == 1;
-  facts.xml = XmlOf(domain.get(), 0);
-  // As libvirt itself sends it: the guest's CPU in full, and the secrets that the destination needs.
-  facts.migratable_xml =
-      XmlOf(domain.get(), VIR_DOMAIN_XML_MIGRATABLE | VIR_DOMAIN_XML_SECURE | VIR_DOMAIN_XML_UPDATE_CPU);
-  if (facts.xml.empty() || facts.migratable_xml.empty()) return LibvirtError("XML");
-  // Whatever else is asked would wait for that job's end.
-  if (facts.incoming) return facts;
-  facts.job = JobOf(domain.get());
-  facts.snapshots = std::max(0, virDomainSnapshotNum(domain.get(), 0));
-  if (virDomainIsActive(domain.get()) == 1) {
-    ASSIGN_OR_RETURN(const DomainNeeds needs, ReadDomainNeeds(facts.xml));
-    AddDisks(domain.get(), needs, facts);
-  }
+  out = domain;
   return facts;
 }
 
-absl::StatusOr<QemuView> AskView(virConnectPtr c, const std::string& uuid) {
-  const DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
-  if (!domain) return LibvirtError(fmt::format("domain {}", uuid));
-  return AskQemuForMigration(domain.get());
+absl::StatusOr<SourceFacts> AskRest(virDomainPtr domain, SourceFacts facts) {
+  facts.persistent = virDomainIsPersistent(domain) == 1;
+  facts.xml = XmlOf(domain, 0);
+  // As libvirt itself sends it: the guest's CPU in full, and the secrets that the destination needs.
+  facts.migratable_xml =
+      XmlOf(domain, VIR_DOMAIN_XML_MIGRATABLE | VIR_DOMAIN_XML_SECURE | VIR_DOMAIN_XML_UPDATE_CPU);
+  if (facts.xml.empty() || facts.migratable_xml.empty()) return LibvirtError("XML");
+  if (facts.incoming) return facts;
+  facts.snapshots = std::max(0, virDomainSnapshotNum(domain, 0));
+  if (facts.state != VIR_DOMAIN_SHUTOFF) {
+    ASSIGN_OR_RETURN(const DomainNeeds needs, ReadDomainNeeds(facts.xml));
+    AddDisks(domain, needs, facts);
+  }
+  return facts;
 }
 
 // Those that libvirt or QEMU moves all the same, or of which only QEMU can tell.
@@ -115,20 +110,40 @@ bool MayMove(const DomainDevice& device) {
 
 absl::StatusOr<SourceFacts> GatherSourceFacts(LibvirtConnection& connection, const std::string& uuid,
                                               Deadline deadline) {
+  const std::string reading = fmt::format("reading domain {}", uuid);
+  auto domain = std::make_shared<SharedDomain>();
+  auto state = CallFor<SourceFacts>(
+      connection, reading, [uuid, domain](virConnectPtr c) { return AskState(c, uuid, *domain); }, deadline);
+  RETURN_IF_ERROR(state.status());
+  // At the same time as libvirt, and apart: a monitor that hangs leaves the rest known.
+  auto view = std::make_shared<std::promise<absl::StatusOr<QemuView>>>();
+  std::future<absl::StatusOr<QemuView>> viewed = view->get_future();
+  const bool has_view = state->state != VIR_DOMAIN_SHUTOFF && !state->incoming;
+  if (has_view) {
+    auto answer = std::make_shared<absl::StatusOr<QemuView>>(absl::InternalError("no result"));
+    absl::Status begun = connection.Begin(
+        fmt::format("asking the QEMU of domain {}", uuid),
+        [domain, answer](virConnectPtr) {
+          *answer = AskQemuForMigration(domain->get());
+          return answer->status();
+        },
+        [view, answer](const absl::Status& status) {
+          view->set_value(status.ok() ? std::move(*answer) : status);
+        });
+    if (!begun.ok()) view->set_value(begun);
+  }
   auto facts = CallFor<SourceFacts>(
-      connection, fmt::format("reading domain {}", uuid),
-      [uuid](virConnectPtr c) { return AskLibvirt(c, uuid); }, deadline);
+      connection, reading,
+      [domain, known = *std::move(state)](virConnectPtr) { return AskRest(domain->get(), known); }, deadline);
   RETURN_IF_ERROR(facts.status());
-  if (facts->state == VIR_DOMAIN_SHUTOFF || facts->incoming) return facts;
-  // Apart: a monitor that hangs leaves the rest known.
-  auto view = CallFor<QemuView>(
-      connection, fmt::format("asking the QEMU of domain {}", uuid),
-      [uuid](virConnectPtr c) { return AskView(c, uuid); }, deadline);
-  if (view.ok()) {
-    facts->blockers = view->blockers;
-    facts->vmm_version = view->version;
+  if (!has_view) return facts;
+  absl::StatusOr<QemuView> seen = absl::DeadlineExceededError("QEMU's monitor has not answered in time");
+  if (viewed.wait_until(deadline.when()) == std::future_status::ready) seen = viewed.get();
+  if (seen.ok()) {
+    facts->blockers = seen->blockers;
+    facts->vmm_version = seen->version;
   } else {
-    facts->vmm_trouble = Message(view.status());
+    facts->vmm_trouble = Message(seen.status());
   }
   return facts;
 }

@@ -31,6 +31,17 @@ TEST(Channel, ReadAndWrite_MoveEveryByte) {
   EXPECT_EQ(b->bytes_read(), sent.size());
 }
 
+TEST(CongestionControl, WithinASite_IsNotPaced) {
+  using std::chrono::microseconds;
+  for (const char* paced : {"bbr", "bbr2", "bbr3"}) {
+    EXPECT_EQ(CongestionControlFor(paced, microseconds(80)), "cubic");
+    EXPECT_EQ(CongestionControlFor(paced, microseconds(40'000)), paced);
+    EXPECT_EQ(CongestionControlFor(paced, microseconds(0)), paced) << "not measured";
+  }
+  for (const char* other : {"reno", "cubic", "dctcp", ""})
+    EXPECT_EQ(CongestionControlFor(other, microseconds(80)), other);
+}
+
 TEST(Channel, End_IsToldApartFromDamage) {
   auto [a, b] = ChannelPair();
   char buffer[8];
