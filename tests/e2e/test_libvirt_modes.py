@@ -112,8 +112,8 @@ class Recovery(PostCopy):
 
 
 class MoreRecovery(Recovery):
-    """The same with two breaks, and where a shim that carried the connections is killed. Not part of the suite: see
-    docs/libvirt.md."""
+    """The same where a shim that carried the connections is killed, and with two breaks; the latter is not part of the suite:
+    see docs/libvirt.md."""
 
     # The disk has pauses: QEMU 10.0 may lose the end of requests that a disk with an <iothread> has in flight when the guest
     # is stopped, until its next request (docs/libvirt.md).
