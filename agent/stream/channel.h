@@ -80,8 +80,8 @@ absl::Status PrepareSocket(int fd);
 // The congestion control (tcp(7), TCP_CONGESTION) for a connection that has `current` and whose handshake
 // took `round_trip`: another one within a site where `current` is BBR, otherwise `current`. BBR paces: it
 // sends in bursts of its own small size at times of a timer, for queues of long paths that are not there.
-// Between two hosts of a site that costs twice the processor time for the same bytes (docs/benchmarks.md),
-// which QEMU and its guest need. Pure.
+// Between two hosts of a site that costs nearly twice the processor time for the same bytes
+// (docs/decisions/0009-congestion-control.md), which QEMU and its guest need. Pure.
 std::string_view CongestionControlFor(std::string_view current, std::chrono::microseconds round_trip);
 
 // For a TCP connection whose reader is not Baton: how long the other end may take nothing before the
