@@ -72,16 +72,8 @@ class DomainOutgoing {
 
   void Run();
   absl::Status Prepare();
-  absl::Status OpenTunnel();
-  void SetEntrance(std::shared_ptr<stream::TunnelEntrance> entrance);
   absl::StatusOr<bool> ReadSource(Deadline deadline);
   bool ReadForgets();
-  absl::Status AwaitLocal(Deadline deadline);
-  absl::Status AwaitRemote(Deadline deadline);
-  // Until `connection` is there; what asks for the end of the migration ends it.
-  absl::Status AwaitConnection(const vmm::LibvirtConnection& connection, Deadline deadline);
-  // Begins to connect to this host's libvirt for the call that lasts, which has a connection to itself.
-  void OpenCaller();
   absl::Status BeginCall(bool recover);
   // Tells QEMU the blackout that it may aim at.
   void LimitDowntime(Duration limit);
@@ -102,6 +94,22 @@ class DomainOutgoing {
   void ApplyWishes();
   void EndEarly(const v1::Reason reason, const std::string& message);
 
+  // --- domain_connections.cc ---
+  absl::Status OpenTunnel();
+  void CloseTunnel();
+  void SetEntrance(std::shared_ptr<stream::TunnelEntrance> entrance);
+  // From any thread: the call cannot succeed any more, for this reason.
+  void CutVmm(v1::Reason reason, const std::string& message);
+  void ArmDevices(Deadline deadline);
+  void ReleaseDevices();
+  // Until `connection` is there. What asks for the end of the migration ends it, as long as the guest was not
+  // given away: after that there is no way back, and post-copy that lost its connection has to go on.
+  absl::Status AwaitConnection(const vmm::LibvirtConnection& connection, Deadline deadline);
+  absl::Status AwaitLocal(Deadline deadline);
+  absl::Status AwaitRemote(Deadline deadline);
+  // Begins to connect to this host's libvirt for the call that lasts, which has a connection to itself.
+  void OpenCaller();
+
   // --- domain_settle.cc ---
   void Settle();
   vmm::SettlementInput Look();
@@ -117,11 +125,6 @@ class DomainOutgoing {
   bool EndAway(const std::string& why);
   void LoseGuest(const std::string& why);
   void NotStarted(const absl::Status& why);
-  void CloseTunnel();
-  void ArmDevices(Deadline deadline);
-  void ReleaseDevices();
-  // From any thread: the call cannot succeed any more, for this reason.
-  void CutVmm(v1::Reason reason, const std::string& message);
   absl::Status OnDomain(vmm::LibvirtConnection& connection, const std::string& what,
                         std::function<int(virDomainPtr)> call);
   void UndefineLeftover();
