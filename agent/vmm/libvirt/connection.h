@@ -91,10 +91,10 @@ class LibvirtConnection {
   // The same for a call that may last for hours: returns at once, and `done` hears the outcome on the call's
   // thread, once, also after this object is gone. An error that is returned comes instead of `done`.
   //
-  // It should have a connection to itself. Where one thread waits for the answer to a long call, libvirt's
-  // client sends what others ask on the same connection by waking that thread, and a wake-up between two of
-  // its waits is lost (virNetClientIOEventLoop, libvirt 9.0): the question is not sent before the daemon says
-  // something else.
+  // One that does last should have a connection to itself. Where one thread waits for the answer to a long
+  // call, libvirt's client sends what others ask on the same connection by waking that thread, and a wake-up
+  // between two of its waits is lost (virNetClientIOEventLoop, libvirt 9.0): the question is not sent before
+  // the daemon says something else.
   absl::Status Begin(const std::string& what, std::function<absl::Status(virConnectPtr)> call,
                      std::function<void(absl::Status)> done);
 

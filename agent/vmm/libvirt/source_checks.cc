@@ -115,7 +115,9 @@ absl::StatusOr<SourceFacts> GatherSourceFacts(LibvirtConnection& connection, con
   auto state = CallFor<SourceFacts>(
       connection, reading, [uuid, domain](virConnectPtr c) { return AskState(c, uuid, *domain); }, deadline);
   RETURN_IF_ERROR(state.status());
-  // At the same time as libvirt, and apart: a monitor that hangs leaves the rest known.
+  // At the same time as libvirt, and apart: a monitor that hangs leaves the rest known. On the same
+  // connection, where a question may have to wait for the answer to the other (LibvirtConnection::Begin):
+  // both are short.
   auto view = std::make_shared<std::promise<absl::StatusOr<QemuView>>>();
   std::future<absl::StatusOr<QemuView>> viewed = view->get_future();
   const bool has_view = state->state != VIR_DOMAIN_SHUTOFF && !state->incoming;
