@@ -6,7 +6,7 @@
 #   packages    the list of packages is one that Debian can install, and it is complete
 #   prometheus  rules and their tests
 #   tidy        clang-tidy on every C++ file, or on those of the directories that follow (what has not changed since it last
-#               passed is not looked at again)
+#               passed is not looked at again); using-declarations that nothing uses are looked for in every file
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # shellcheck source=scripts/lib.sh

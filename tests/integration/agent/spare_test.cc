@@ -21,7 +21,6 @@
 namespace baton::daemon {
 namespace {
 
-using std::chrono::milliseconds;
 using std::chrono::seconds;
 
 constexpr char kUuid[] = "3f8e4b52-6c1d-4f0a-9a0e-2b7d1c5e6f10";

@@ -14,7 +14,6 @@
 namespace baton::lab {
 namespace {
 
-using std::chrono::milliseconds;
 using std::chrono::seconds;
 using testing::HasSubstr;
 
@@ -170,7 +169,7 @@ class LabProgramTest : public testing::Test {
     char dir[] = "/tmp/blp-XXXXXX";
     dir_ = ::mkdtemp(dir);
     for (const char* host : {"a", "b"}) std::filesystem::create_directory(dir_ + "/" + host);
-    std::ofstream(dir_ + "/image");
+    std::ofstream(dir_ + "/image").close();
     std::filesystem::resize_file(dir_ + "/image", 8 << 20);
   }
   ~LabProgramTest() override {
@@ -198,7 +197,7 @@ class LabProgramTest : public testing::Test {
     disk->set_class_(v1::BLK);
     launch.command.run_dir = run;
     launch.command.memory_path = run + "/ram";
-    std::ofstream(launch.command.memory_path);
+    std::ofstream(launch.command.memory_path).close();
     std::filesystem::resize_file(launch.command.memory_path, 16 << 20);
     launch.command.incoming = incoming;
     launch.log_path = run + "/log";

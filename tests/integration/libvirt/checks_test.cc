@@ -16,9 +16,7 @@
 namespace baton::vmm {
 namespace {
 
-using std::chrono::seconds;
 using testing::HasSubstr;
-using testing::IsEmpty;
 using testing::Not;
 
 constexpr char kUuid[] = "4dea22b3-1d52-48f3-a516-782e98ab3fa0";

@@ -425,9 +425,9 @@ TEST_F(UmlBalloon, WhatLinuxReportsIsWhatIsSkipped_AndAllElseIsEqual) {
   // The guest took pages back while it was asked: what the algorithm is for.
   EXPECT_GT(rewritten, 0u);
   std::printf("hinted %llu KiB, skipped %llu KiB, taken back and written %llu KiB, answer %.1f ms\n",
-              static_cast<unsigned long long>(hinted * 4),
+              static_cast<unsigned long long>(hinted) * 4,
               static_cast<unsigned long long>(progress.bytes().hint_skipped() >> 10),
-              static_cast<unsigned long long>(rewritten * 4),
+              static_cast<unsigned long long>(rewritten) * 4,
               static_cast<double>(progress.hints().answer().seconds()) * 1e3 +
                   static_cast<double>(progress.hints().answer().nanos()) / 1e6);
   // A guest whose processes were stopped together with it cannot go on: it ends with the test.

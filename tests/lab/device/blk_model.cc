@@ -397,9 +397,12 @@ nlohmann::json BlkModel::Describe() const {
 absl::Status BlkModel::Set(const nlohmann::json& command) {
   BlkOptions next = options_;
   uint64_t fail_next = fail_next_;
-  for (const auto& [key, value] : command.items()) {
+  for (const auto& item : command.items()) {
+    // Not a structured binding: the clang of clang-tidy captures none in a lambda.
+    const std::string& key = item.key();
+    const nlohmann::json& value = item.value();
     auto number = [&](auto& out) {
-      if (!value.is_number_integer() || value.template get<int64_t>() < 0) return false;
+      if (!value.is_number_integer() || value.get<int64_t>() < 0) return false;
       out = value.get<std::decay_t<decltype(out)>>();
       return true;
     };

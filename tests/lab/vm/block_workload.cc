@@ -84,7 +84,7 @@ uint64_t BlockWorkload::Bytes(const WorkloadOptions& options) {
 BlockWorkload::BlockWorkload(const Ram& ram, uint64_t gpa, Setup setup, QueuePort& port, OnError on_error)
     : ram_(ram),
       gpa_(gpa),
-      setup_(std::move(setup)),
+      setup_(setup),
       region_(setup_.options.blocks / setup_.options.writers),
       port_(port),
       on_error_(std::move(on_error)) {}

@@ -267,7 +267,7 @@ GuestNic::GuestNic(const DeviceOptions& options, const WorkloadOptions& workload
                    NetWorkload::Setup setup, DeviceCallbacks callbacks)
     : GuestDevice(options, workload, ram, 2 * options.queues + (workload.control ? 1 : 0),
                   std::move(callbacks)),
-      setup_(std::move(setup)) {}
+      setup_(setup) {}
 
 uint64_t GuestNic::Wanted(uint64_t) const {
   return kNetMac | kNetStatus | (setup_.pairs > 1 ? virtio::kNetFMq : 0) | (setup_.control ? kNetControl : 0);

@@ -16,7 +16,6 @@
 namespace baton::lab {
 namespace {
 
-using std::chrono::milliseconds;
 using std::chrono::seconds;
 
 constexpr Duration kStep = seconds(60);

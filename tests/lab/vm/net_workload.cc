@@ -67,7 +67,7 @@ uint64_t NetWorkload::Bytes(uint32_t pairs, uint32_t buffers) {
 }
 
 NetWorkload::NetWorkload(const Ram& ram, uint64_t gpa, Setup setup, QueuePort& port, OnError on_error)
-    : ram_(ram), gpa_(gpa), setup_(std::move(setup)), port_(port), on_error_(std::move(on_error)) {}
+    : ram_(ram), gpa_(gpa), setup_(setup), port_(port), on_error_(std::move(on_error)) {}
 
 NetWorkload::Slot& NetWorkload::slot(uint32_t queue, uint32_t index) const {
   return ram_.At<Slot>(gpa_ + sizeof(Header))[queue * setup_.buffers + index];

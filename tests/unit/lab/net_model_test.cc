@@ -13,8 +13,6 @@
 namespace baton::lab {
 namespace {
 
-using testing::HasSubstr;
-
 constexpr uint64_t kGuestFeatures = virtio::kFVersion1 | virtio::kNetFCtrlVq | virtio::kNetFMq |
                                     virtio::kNetFMac | virtio::kNetFStatus | virtio::kNetFMrgRxbuf |
                                     virtio::kNetFGuestAnnounce | virtio::kNetFCtrlRx;

@@ -11,8 +11,6 @@
 namespace baton::vhost {
 namespace {
 
-using std::chrono::milliseconds;
-
 constexpr uint32_t kSlow = 2000000;
 
 class MediatorRecovery : public MediatorFixture {

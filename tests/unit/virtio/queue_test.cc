@@ -241,7 +241,7 @@ TEST_P(QueueTest, WhatIsAddedAndNotPublishedDoesNotHideAKick) {
     Add(2, 1, 0);
     EXPECT_TRUE(driver_->NeedsKick());
     driver_->Publish();
-    for (Chain chain : {Pop(), Pop()}) ASSERT_TRUE(device_->Stage(chain.id, 0).ok());
+    for (const Chain& chain : {Pop(), Pop()}) ASSERT_TRUE(device_->Stage(chain.id, 0).ok());
     device_->Publish();
     EXPECT_EQ(TakeAll().size(), 2u);
   }

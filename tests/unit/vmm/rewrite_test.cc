@@ -10,7 +10,6 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::Not;
-using testing::StartsWith;
 
 // What libvirt gives for a running domain, with a comment and spacing of an operator's.
 constexpr char kDomain[] = R"(<?xml version="1.0" encoding="utf-8"?>
