@@ -36,13 +36,14 @@ if(BATON_SANITIZE)
   set(baton_reports ${CMAKE_BINARY_DIR}/reports)
   file(MAKE_DIRECTORY ${baton_reports})
   # SIGBUS is left to the program: mappings of files that others truncate expect it, and their tests die of it on purpose.
-  set(baton_test_environment
-    ASAN_OPTIONS=log_path=${baton_reports}/asan:detect_stack_use_after_return=1:handle_sigbus=0
-    UBSAN_OPTIONS=log_path=${baton_reports}/ubsan:print_stacktrace=1
+  # For @TEST@: baton_test_environment() below.
+  set(baton_sanitizer_options
+    ASAN_OPTIONS=log_path=${baton_reports}/@TEST@.asan:detect_stack_use_after_return=1:handle_sigbus=0
+    UBSAN_OPTIONS=log_path=${baton_reports}/@TEST@.ubsan:print_stacktrace=1
     LSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/lsan.supp:print_suppressions=0
     # A quarter of the cases of property tests: what sanitizers look for is in each of them.
     RC_PARAMS=max_success=25
-    TSAN_OPTIONS=log_path=${baton_reports}/tsan:suppressions=${CMAKE_SOURCE_DIR}/tests/tsan.supp:second_deadlock_stack=1:handle_sigbus=0)
+    TSAN_OPTIONS=log_path=${baton_reports}/@TEST@.tsan:suppressions=${CMAKE_SOURCE_DIR}/tests/tsan.supp:second_deadlock_stack=1:handle_sigbus=0)
   set(baton_sanitizer asan)
   if(BATON_SANITIZE MATCHES "thread")
     set(baton_sanitizer tsan)
@@ -80,6 +81,13 @@ function(baton_library name)
   add_library(${name} STATIC ${ARG_SRCS})
   target_include_directories(${name} PUBLIC ${CMAKE_SOURCE_DIR})
   target_link_libraries(${name} PUBLIC ${ARG_DEPS})
+endfunction()
+
+# baton_test_environment(TEST): what sanitizers are told in a test. Its reports have its name: they end with the pid of the
+# process, and in the namespace of a contained test that is a small number, which a process of another test has, too.
+function(baton_test_environment test)
+  string(REPLACE "@TEST@" ${test} environment "${baton_sanitizer_options}")
+  set_tests_properties(${test} PROPERTIES ENVIRONMENT "${environment}")
 endfunction()
 
 # A test of real programs is started by baton-lab-contain: nothing that it started outlives it, however it ends.
@@ -128,8 +136,8 @@ function(baton_test name)
     add_dependencies(${name} baton-lab-contain)
     add_test(NAME ${name} COMMAND ${baton_contain} $<TARGET_FILE:${name}>)
   endif()
-  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT}
-    ENVIRONMENT "${baton_test_environment}")
+  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT})
+  baton_test_environment(${name})
 endfunction()
 
 # baton_fuzzer(NAME SRCS x_fuzz.cc DEPS lib ... CORPUS dir): with BATON_FUZZ a libFuzzer binary; otherwise the same entry
@@ -152,6 +160,7 @@ function(baton_fuzzer name)
   else()
     target_sources(${name} PRIVATE ${CMAKE_SOURCE_DIR}/tests/fuzz/replay_main.cc)
     add_test(NAME ${name}_corpus COMMAND ${name} ${ARG_CORPUS})
-    set_tests_properties(${name}_corpus PROPERTIES LABELS unit TIMEOUT 60 ENVIRONMENT "${baton_test_environment}")
+    set_tests_properties(${name}_corpus PROPERTIES LABELS unit TIMEOUT 60)
+    baton_test_environment(${name}_corpus)
   endif()
 endfunction()
