@@ -336,21 +336,30 @@ absl::Status Mediator::Impl::BuildDevice() {
 absl::Status Mediator::Impl::BuildRings() {
   RETURN_IF_ERROR(EnsureStateLoaded(RequestDeadline()));
   if (!record_.features) return absl::OkStatus();
-  Frontend& fe = *link_.frontend;
   held_rings_.clear();
   for (uint32_t index : StartOrder()) {
     if (record_.vrings[index].started) RETURN_IF_ERROR(StartVring(index));
   }
-  for (uint32_t index : StartOrder()) {
-    const VringRecord& vring = record_.vrings[index];
-    if (!vring.enabled) continue;
-    VringState state{index, *vring.enabled ? 1u : 0u};
-    RETURN_IF_ERROR(fe.Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline()));
-    link_.enabled[index] = *vring.enabled;
-  }
+  return EnableRings();
+}
+
+absl::Status Mediator::Impl::EnableRings() {
+  for (uint32_t index : StartOrder()) RETURN_IF_ERROR(SendEnable(index));
+  Frontend& fe = *link_.frontend;
   if (record_.status.value_or(0) != 0 && (fe.protocol_features() & pf::kStatus)) {
     RETURN_IF_ERROR(fe.SetU64(Request::kSetStatus, *record_.status, RequestDeadline()));
   }
+  return absl::OkStatus();
+}
+
+absl::Status Mediator::Impl::SendEnable(uint32_t index) {
+  const std::optional<bool> enabled = record_.vrings[index].enabled;
+  if (!enabled) return absl::OkStatus();
+  if (auto told = link_.enabled.find(index); told != link_.enabled.end() && told->second == *enabled)
+    return absl::OkStatus();
+  VringState state{index, *enabled ? 1u : 0u};
+  RETURN_IF_ERROR(link_.frontend->Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline()));
+  link_.enabled[index] = *enabled;
   return absl::OkStatus();
 }
 
@@ -426,17 +435,7 @@ void Mediator::Impl::Reconcile() {
         Inject(vring.call);
       }
     }
-    for (uint32_t index : StartOrder()) {
-      const VringRecord& vring = record_.vrings[index];
-      if (!vring.enabled || link_.enabled[index] == *vring.enabled) continue;
-      VringState state{index, *vring.enabled ? 1u : 0u};
-      RETURN_IF_ERROR(fe.Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline()));
-      link_.enabled[index] = *vring.enabled;
-    }
-    if (record_.status.value_or(0) != 0 && (fe.protocol_features() & pf::kStatus)) {
-      RETURN_IF_ERROR(fe.SetU64(Request::kSetStatus, *record_.status, RequestDeadline()));
-    }
-    return absl::OkStatus();
+    return EnableRings();
   };
   absl::Status applied = apply();
   if (absl::IsFailedPrecondition(applied)) {

@@ -194,6 +194,10 @@ class Mediator::Impl {
   // Its two halves: everything but the rings, and the rings.
   absl::Status BuildDevice();
   absl::Status BuildRings();
+  // Once the rings run: which are enabled, and the status that the VMM set.
+  absl::Status EnableRings();
+  // Whether the ring is enabled, unless the VMM never said or the back-end has been told.
+  absl::Status SendEnable(uint32_t index);
   // After an overdue stop was answered: brings the back-end to what the VMM asked for meanwhile.
   void Reconcile();
   void FinishOverdue();

@@ -335,11 +335,7 @@ void Mediator::Impl::ResumeAfterSwap() {
     } else {
       status = RestoreKick(index);
     }
-    if (status.ok() && vring.enabled && link_.enabled[index] != *vring.enabled) {
-      VringState state{index, *vring.enabled ? 1u : 0u};
-      status = link_.frontend->Set(Request::kSetVringEnable, Bytes(state), {}, RequestDeadline());
-      link_.enabled[index] = *vring.enabled;
-    }
+    if (status.ok()) status = SendEnable(index);
   }
   if (absl::IsFailedPrecondition(status)) {
     Hold(status);
