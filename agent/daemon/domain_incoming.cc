@@ -276,15 +276,7 @@ absl::Status DomainManager::AbortIncoming(const v1::AbortIncomingCommand& comman
 absl::StatusOr<std::shared_ptr<VmEntry>> DomainManager::FindIncoming(const std::string& migration_id,
                                                                      const stream::Token& token) const {
   std::lock_guard lock(mutex_);
-  for (const auto& [uuid, entry] : entries_) {
-    const v1::ShimConfig conf = entry->conf();
-    if (conf.migration_id() != migration_id) continue;
-    auto expected = stream::MakeToken(conf.token());
-    if (!expected.ok() || !stream::TokensEqual(*expected, token))
-      return Error(absl::StatusCode::kPermissionDenied, "wrong token for migration {}", migration_id);
-    return entry;
-  }
-  return Error(absl::StatusCode::kNotFound, "no migration {} is expected here", migration_id);
+  return EntryOfIncoming(entries_, migration_id, token);
 }
 
 }  // namespace baton::daemon

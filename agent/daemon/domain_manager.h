@@ -86,7 +86,7 @@ class DomainManager {
                                                     Deadline deadline);
 
   // --- peer port ---
-  // As VmManager::FindIncoming.
+  // As EntryOfIncoming(), of this host's domains.
   absl::StatusOr<std::shared_ptr<VmEntry>> FindIncoming(const std::string& migration_id,
                                                         const stream::Token& token) const;
 

@@ -206,6 +206,20 @@ bool VmEntry::listed() const {
   return !given_away && !refused;
 }
 
+absl::StatusOr<std::shared_ptr<VmEntry>> EntryOfIncoming(
+    const std::map<std::string, std::shared_ptr<VmEntry>>& entries, const std::string& migration_id,
+    const stream::Token& token) {
+  for (const auto& [id, entry] : entries) {
+    const v1::ShimConfig conf = entry->conf();
+    if (conf.migration_id() != migration_id) continue;
+    auto expected = stream::MakeToken(conf.token());
+    if (!expected.ok() || !stream::TokensEqual(*expected, token))
+      return Error(absl::StatusCode::kPermissionDenied, "wrong token for migration {}", migration_id);
+    return entry;
+  }
+  return Error(absl::StatusCode::kNotFound, "no migration {} is expected here", migration_id);
+}
+
 std::vector<ProcessId> FindByCommandLine(const std::string& argument) {
   std::vector<ProcessId> found;
   DIR* proc = ::opendir("/proc");

@@ -4,6 +4,7 @@
 
 #include <condition_variable>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -11,6 +12,7 @@
 
 #include "agent/daemon/agent_config.h"
 #include "agent/shim/control_client.h"
+#include "agent/stream/preamble.h"
 #include "baton/v1/shim.pb.h"
 #include "common/process.h"
 
@@ -93,6 +95,12 @@ class VmEntry {
   bool removed_ = false;
   std::string finished_;
 };
+
+// Of `entries` the one that waits (or waited) for that migration, if the token is right. NotFound, or
+// PermissionDenied.
+absl::StatusOr<std::shared_ptr<VmEntry>> EntryOfIncoming(
+    const std::map<std::string, std::shared_ptr<VmEntry>>& entries, const std::string& migration_id,
+    const stream::Token& token);
 
 // Pids of processes with `argument` among their command line's arguments, or contained in one of them. For
 // finding what nobody wrote down: a shim or QEMU whose starter died at the wrong moment.

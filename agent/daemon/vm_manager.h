@@ -70,7 +70,7 @@ class VmManager {
   absl::Status Forward(const std::string& vm, const v1::ShimRequest& request, Deadline deadline);
 
   // --- peer port ---
-  // The VM that waits (or waited) for that migration, if the token is right. NotFound, or PermissionDenied.
+  // As EntryOfIncoming(), of this host's VMs.
   absl::StatusOr<std::shared_ptr<VmEntry>> FindIncoming(const std::string& migration_id,
                                                         const stream::Token& token);
   // Gives a connection to the VM's shim. The descriptor stays the caller's.

@@ -284,20 +284,8 @@ void VmManager::FinishOpenReports(const EntryPtr& entry, ShimDeathAction action,
 
 absl::StatusOr<std::shared_ptr<VmEntry>> VmManager::FindIncoming(const std::string& migration_id,
                                                                  const stream::Token& token) {
-  std::vector<EntryPtr> entries;
-  {
-    std::lock_guard lock(mutex_);
-    for (const auto& [name, entry] : entries_) entries.push_back(entry);
-  }
-  for (const EntryPtr& entry : entries) {
-    v1::ShimConfig conf = entry->conf();
-    if (conf.migration_id() != migration_id) continue;
-    auto expected = stream::MakeToken(conf.token());
-    if (!expected.ok() || !stream::TokensEqual(*expected, token))
-      return Error(absl::StatusCode::kPermissionDenied, "wrong token for migration {}", migration_id);
-    return entry;
-  }
-  return Error(absl::StatusCode::kNotFound, "no migration {} is expected here", migration_id);
+  std::lock_guard lock(mutex_);
+  return EntryOfIncoming(entries_, migration_id, token);
 }
 
 absl::Status VmManager::HandOver(VmEntry& entry, const stream::PreambleBytes& preamble,
