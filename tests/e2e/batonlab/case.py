@@ -1,4 +1,5 @@
 """Base of the end-to-end tests: a cluster that the tests of a class share, made anew after a test that failed."""
+import itertools
 import os
 import signal
 import sys
@@ -6,19 +7,14 @@ import time
 import unittest
 
 from .cluster import Cluster, summary
-from .lab import Lab, LabError, wait_until
+from .lab import ROOT, Lab, LabError, wait_until
 
 BIN = os.environ.get("BATON_BIN", "build/release/bin")
 
-# Of one case, with making its cluster and booting its guest: some ten times what it takes.
-CASE_LIMIT = 300
-
-
-def too_long(number, frame):
-    raise LabError(f"the case took longer than {CASE_LIMIT} s")
-
 
 class ClusterTest(unittest.TestCase):
+    # Seconds for one case, with making its cluster and booting its guest: some ten times what it takes.
+    LIMIT = 300
     SECURE = False
     SMALL_DISKS = False
     # VMs are the lab guest, which starts in milliseconds, instead of QEMU with Linux.
@@ -43,11 +39,17 @@ class ClusterTest(unittest.TestCase):
         cls.drop_cluster()
 
     @classmethod
-    def drop_cluster(cls):
+    def drop_cluster(cls, logs=None):
+        """`logs`: where its logs are to be from then on."""
         if cls.lab is None:
             return
         lab, cls.lab, cls.cluster, cls.guest = cls.lab, None, None, None
-        lab.close()
+        try:
+            lab.close()
+        finally:
+            if logs:
+                os.makedirs(os.path.dirname(logs), exist_ok=True)
+                os.rename(lab.logs, logs)
         left = lab.leftovers()
         if left:
             raise AssertionError("left behind: " + ", ".join(left))
@@ -65,7 +67,7 @@ class ClusterTest(unittest.TestCase):
                 cls.cluster = cls.make_cluster()
                 cls.cluster.__enter__()
             except BaseException:
-                cls.drop_cluster()
+                cls.drop_cluster(self.announce_logs())
                 raise
         self.mark(f"--- {self._testMethodName} begins")
 
@@ -75,8 +77,8 @@ class ClusterTest(unittest.TestCase):
     def run(self, result=None):
         bad = len(result.failures) + len(result.errors)
         start = time.monotonic()
-        signal.signal(signal.SIGALRM, too_long)
-        signal.alarm(CASE_LIMIT)
+        signal.signal(signal.SIGALRM, self.too_long)
+        signal.alarm(self.LIMIT)
         try:
             result = super().run(result)
         finally:
@@ -84,11 +86,24 @@ class ClusterTest(unittest.TestCase):
         print(f"    {self._testMethodName}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         cls = type(self)
         if len(result.failures) + len(result.errors) > bad and cls.lab is not None:
-            # What a failed test left is no ground for the next one; its logs stay under its name.
-            print(f"{(result.failures + result.errors)[-1][1]}\nlogs of the failure: {cls.lab.logs}", file=sys.stderr)
+            print((result.failures + result.errors)[-1][1], file=sys.stderr)
+            logs = self.announce_logs()
             self.show_complaints()
-            cls.drop_cluster()
+            # What a failed test left is no ground for the next one.
+            cls.drop_cluster(logs)
         return result
+
+    def too_long(self, number, frame):
+        raise LabError(f"the case took longer than {self.LIMIT} s")
+
+    def announce_logs(self):
+        """Where the logs of this test are once its cluster is gone: under its own name, whichever test the cluster was made
+        for, and where no other run puts any."""
+        first = os.path.join(ROOT, "logs/e2e/failed", f"{type(self).__name__}-{self._testMethodName}")
+        names = itertools.chain([first], (f"{first}-{number}" for number in itertools.count(2)))
+        logs = next(name for name in names if not os.path.exists(name))
+        print(f"logs of the failure: {logs}", file=sys.stderr, flush=True)
+        return logs
 
     def show_complaints(self, most=12):
         """What the programs complained of during this test: where nobody can look at the logs, this is all there is."""

@@ -110,8 +110,6 @@ class LibvirtHost:
         self.usr = cluster.usr.get(name)
         self.known = CAPABILITIES + (self.usr or "").replace("/", "-")
         self.capabilities = os.path.join(self.dir, "cache/qemu/capabilities")
-        if os.path.isdir(self.known):
-            shutil.copytree(self.known, self.capabilities)
         other = "b" if name == "a" else "a"
         self.write("etc/qemu.conf", QEMU_CONF.format(address=cluster.network.address(name, other)) + self.more_conf())
         self.write("etc/libvirtd.conf", LIBVIRTD_CONF.format(uuid=uuid.uuid4()))
@@ -130,6 +128,9 @@ class LibvirtHost:
 
     def start(self):
         lab = self.cluster.lab
+        # The host before this one may have kept them.
+        if os.path.isdir(self.known):
+            shutil.copytree(self.known, self.capabilities)
         script = os.path.join(ROOT, "tests/lab/libvirt/host.sh")
         words = [script, "--namespaces", self.dir, f"host-{self.name}", *([self.usr] if self.usr else [])]
         self.holder = lab.spawn(words, f"host-{self.name}", host=self.name, prefix=self.cluster.network.prefix(self.name))
