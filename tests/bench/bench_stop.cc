@@ -33,6 +33,7 @@
 #include "agent/virtio/ring_access.h"
 #include "common/log.h"
 #include "common/unix_socket.h"
+#include "tests/temp_dir.h"
 
 namespace baton::vhost {
 namespace {
@@ -374,13 +375,12 @@ int Main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
   ::signal(SIGPIPE, SIG_IGN);
   InitLogging({.program = "bench_stop", .level = "error", .json = false, .context = {}});
-  char name[] = "/tmp/baton-bench-XXXXXX";
-  const std::string dir = ::mkdtemp(name);
+  const test::TempDir dir;
   std::string medians;
   for (bool packed : {false, true}) {
     std::vector<double> cpu, backend, vmm, wall, faults, bare;
     for (int i = 0; i <= runs; ++i) {
-      const Figures f = Once(dir, packed);
+      const Figures f = Once(dir.path(), packed);
       if (i == 0) continue;  // warms up
       cpu.push_back(f.cpu_ms);
       backend.push_back(f.backend_ms);
@@ -402,7 +402,6 @@ int Main(int argc, char** argv) {
         median(faults), kQueues, median(bare));
     medians += fmt::format("{}\"{}\": {:.4f}", medians.empty() ? "" : ", ", what, cpu[cpu.size() / 2]);
   }
-  std::filesystem::remove_all(dir);
   if (json) std::printf("{%s}\n", medians.c_str());
   return 0;
 }

@@ -21,7 +21,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
 #include <functional>
 #include <map>
 #include <memory>
@@ -34,6 +33,7 @@
 #include "agent/stream/memory_receiver.h"
 #include "agent/stream/memory_sender.h"
 #include "common/clock.h"
+#include "tests/temp_dir.h"
 
 namespace baton {
 namespace {
@@ -130,25 +130,21 @@ Sockets Connect(uint32_t count) {
 class Certificates {
  public:
   Certificates() {
-    char path[] = "/tmp/baton-bench-tls-XXXXXX";
-    if (::mkdtemp(path) == nullptr) Die("mkdtemp");
-    dir_ = path;
     const std::string quiet = " >/dev/null 2>&1";
     const std::string ec = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2";
-    if (std::system(("openssl req -x509 " + ec + " -subj /CN=bench -keyout " + dir_ + "/key.pem -out " +
-                     dir_ + "/cert.pem" + quiet)
+    if (std::system(("openssl req -x509 " + ec + " -subj /CN=bench -keyout " + dir_ / "key.pem" + " -out " +
+                     dir_ / "cert.pem" + quiet)
                         .c_str()) != 0) {
       Die("openssl req failed");
     }
-    auto context = stream::TlsContext::Load(dir_ + "/cert.pem", dir_ + "/cert.pem", dir_ + "/key.pem");
+    auto context = stream::TlsContext::Load(dir_ / "cert.pem", dir_ / "cert.pem", dir_ / "key.pem");
     Check(context.status());
     context_ = *context;
   }
-  ~Certificates() { std::filesystem::remove_all(dir_); }
   std::shared_ptr<const stream::TlsContext> context() const { return context_; }
 
  private:
-  std::string dir_;
+  test::TempDir dir_;
   std::shared_ptr<const stream::TlsContext> context_;
 };
 

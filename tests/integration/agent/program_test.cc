@@ -19,6 +19,7 @@
 #include "common/durable_file.h"
 #include "common/process.h"
 #include "common/unix_socket.h"
+#include "tests/temp_dir.h"
 #include "tests/unit/daemon/fake_batond.h"
 
 namespace baton::daemon {
@@ -32,9 +33,6 @@ Deadline Soon() { return Deadline::After(seconds(60)); }
 class AgentProgram : public testing::Test {
  protected:
   void SetUp() override {
-    char path[] = "/tmp/baton-prog-XXXXXX";
-    ASSERT_NE(::mkdtemp(path), nullptr);
-    dir_ = path;
     ASSERT_TRUE(
         WriteFileDurable(dir_ + "/qemu",
                          "#!/bin/sh\ncase \"$*\" in *--version*) echo 'QEMU emulator version 7.2.22';;"
@@ -47,7 +45,6 @@ class AgentProgram : public testing::Test {
     agent_.reset();
     batond_.reset();
     for (const ProcessId& id : FindByCommandLine(dir_ + "/")) (void)KillProcess(id, Soon());
-    EXPECT_TRUE(RemoveTree(dir_).ok());
   }
 
   void WriteConfig(const std::string& more) {
@@ -115,7 +112,8 @@ class AgentProgram : public testing::Test {
     return command;
   }
 
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   std::string qemu_;  // empty: a script that answers the agent's questions
   std::string shim_ = FAKE_SHIM;
   std::unique_ptr<FakeBatond> batond_;

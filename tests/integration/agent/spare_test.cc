@@ -16,6 +16,7 @@
 #include "common/durable_file.h"
 #include "common/process.h"
 #include "common/vm_spec.h"
+#include "tests/temp_dir.h"
 
 namespace baton::daemon {
 namespace {
@@ -35,9 +36,6 @@ std::string LinkOf(pid_t pid, int fd) {
 class SpareTest : public testing::Test {
  protected:
   void SetUp() override {
-    char path[] = "/tmp/baton-spare-XXXXXX";
-    ASSERT_NE(::mkdtemp(path), nullptr);
-    dir_ = path;
     config_.run_dir = dir_ + "/run";
     config_.state_dir = dir_ + "/state";
     config_.shim = BATON_SHIM;
@@ -60,7 +58,6 @@ class SpareTest : public testing::Test {
     if (shim_) {
       EXPECT_TRUE(KillProcess(*shim_, Soon()).ok());
     }
-    EXPECT_TRUE(RemoveTree(dir_).ok());
   }
   void Begin() {
     tasks_ = std::make_unique<TaskQueue>(1);
@@ -110,7 +107,8 @@ class SpareTest : public testing::Test {
     return reply.ok() ? reply->status() : v1::ShimStatus();
   }
 
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   // What stands in a spare's command line: by its length those of other agents are told apart.
   std::string room_;
   AgentConfig config_;

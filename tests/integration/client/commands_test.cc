@@ -100,7 +100,7 @@ TEST_F(CtlTest, VmStart_WrongSpec_NamesFileLineAndField) {
   CtlResult r = Run({"vm", "start", spec, "--host", "b"});
   EXPECT_EQ(r.code, 2);
   EXPECT_THAT(r.err, HasSubstr("vm.yaml:2: memory:"));
-  CtlResult missing = Run({"vm", "start", directory_ + "/none.yaml", "--host", "b"});
+  CtlResult missing = Run({"vm", "start", directory_ / "none.yaml", "--host", "b"});
   EXPECT_EQ(missing.code, 2) << "a file that is not there is wrong input, not a missing resource";
   EXPECT_THAT(missing.err, HasSubstr("none.yaml"));
 }
@@ -253,14 +253,14 @@ TEST_F(CtlTest, Report_WritesOnePage) {
   v1::Migration m = ExampleMigration("m1", v1::SUCCEEDED);
   m.set_message("<script>alert(1)</script>");
   batond_->PutMigration(m);
-  std::string path = directory_ + "/report.html";
+  std::string path = directory_ / "report.html";
   EXPECT_EQ(Run({"report", "m1", "-o", path}).code, 0);
   std::stringstream page;
   page << std::ifstream(path).rdbuf();
   EXPECT_THAT(page.str(), HasSubstr("<svg"));
   EXPECT_THAT(page.str(), HasSubstr("</html>"));
   EXPECT_THAT(page.str(), Not(HasSubstr("<script")));
-  EXPECT_EQ(Run({"report", "m1", "-o", directory_ + "/no/such/dir/r.html"}).code, 2);
+  EXPECT_EQ(Run({"report", "m1", "-o", directory_ / "no/such/dir/r.html"}).code, 2);
 }
 
 TEST_F(CtlTest, Top_InAPipe_PrintsOnce) {
@@ -345,7 +345,7 @@ TEST_F(CtlTest, ConfigFile_GivesTheServer_CommandLineAndEnvironmentWin) {
   CtlResult r = RunCtl({"--config", wrong, "get", "hosts"});
   EXPECT_EQ(r.code, 2);
   EXPECT_THAT(r.err, HasSubstr("wrong.yaml:1"));
-  EXPECT_EQ(RunCtl({"--config", directory_ + "/none.yaml", "get", "hosts"}).code, 2);
+  EXPECT_EQ(RunCtl({"--config", directory_ / "none.yaml", "get", "hosts"}).code, 2);
 }
 
 TEST(CtlHelp, EveryCommandHasHelpWithAnExitOf0) {

@@ -1,8 +1,5 @@
 #include "tests/integration/client/fixture.h"
 
-#include <stdlib.h>
-
-#include <filesystem>
 #include <fstream>
 
 namespace baton::testing {
@@ -29,9 +26,7 @@ v1::Host ExampleHost(const std::string& name, bool connected) {
 }  // namespace
 
 CtlTest::CtlTest() {
-  char path[] = "/tmp/batonctl-test-XXXXXX";
-  directory_ = mkdtemp(path);
-  batond_ = std::make_unique<FakeBatond>("unix:" + directory_ + "/batond.sock");
+  batond_ = std::make_unique<FakeBatond>("unix:" + directory_ / "batond.sock");
   batond_->PutHost(ExampleHost("a", true));
   batond_->PutHost(ExampleHost("b", true));
   batond_->PutHost(ExampleHost("c", false));
@@ -58,11 +53,7 @@ CtlTest::CtlTest() {
   batond_->Start();
 }
 
-CtlTest::~CtlTest() {
-  batond_->Stop();
-  std::error_code ignored;
-  std::filesystem::remove_all(directory_, ignored);
-}
+CtlTest::~CtlTest() { batond_->Stop(); }
 
 CtlResult CtlTest::Run(const std::vector<std::string>& arguments, const std::string& input) {
   std::vector<std::string> all = {"--server", batond_->target()};
@@ -86,7 +77,7 @@ std::unique_ptr<CtlProcess> CtlTest::StartOnTerminal(const std::vector<std::stri
 }
 
 std::string CtlTest::WriteFile(const std::string& name, const std::string& text) {
-  std::string path = directory_ + "/" + name;
+  std::string path = directory_ / name;
   std::ofstream(path) << text;
   return path;
 }

@@ -10,6 +10,7 @@
 
 #include "tests/integration/client/ctl_process.h"
 #include "tests/integration/client/fake_batond.h"
+#include "tests/temp_dir.h"
 
 namespace baton::testing {
 
@@ -25,7 +26,7 @@ class CtlTest : public ::testing::Test {
   // Writes a file into the test's directory and answers its path.
   std::string WriteFile(const std::string& name, const std::string& text);
 
-  std::string directory_;
+  const test::TempDir directory_;
   std::unique_ptr<FakeBatond> batond_;
 };
 

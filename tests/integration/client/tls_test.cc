@@ -2,13 +2,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <sys/stat.h>
 
 #include <filesystem>
 #include <regex>
 
 #include "tests/integration/client/ctl_process.h"
+#include "tests/temp_dir.h"
 
 namespace baton::testing {
 namespace {
@@ -21,9 +21,6 @@ constexpr char kRefused[] = "3s";
 class TlsTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    char path[] = "/tmp/batonctl-tls-XXXXXX";
-    directory_ = mkdtemp(path);
-    pki_ = directory_ + "/pki";
     ASSERT_EQ(MakeCerts({"ca"}), 0);
     ASSERT_EQ(MakeCerts({"batond", "localhost", "127.0.0.1"}), 0);
     for (const char* role : {"viewer", "operator", "admin"}) ASSERT_EQ(MakeCerts({role, "jane"}), 0);
@@ -32,7 +29,7 @@ class TlsTest : public ::testing::Test {
     options.program = BATOND;
     batond_ = std::make_unique<CtlProcess>(
         std::vector<std::string>{"--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--data-dir",
-                                 directory_ + "/data", "--tls-ca", pki_ + "/ca.pem", "--tls-cert",
+                                 directory_ / "data", "--tls-ca", pki_ + "/ca.pem", "--tls-cert",
                                  pki_ + "/batond.pem", "--tls-key", pki_ + "/batond.key"},
         options);
     ASSERT_TRUE(batond_->ReadErrorUntil("metrics on port")) << batond_->err();
@@ -46,8 +43,6 @@ class TlsTest : public ::testing::Test {
       batond_->Signal(SIGTERM);
       EXPECT_EQ(batond_->Wait(), 0);
     }
-    std::error_code ignored;
-    std::filesystem::remove_all(directory_, ignored);
   }
 
   int MakeCerts(std::vector<std::string> words) {
@@ -74,7 +69,8 @@ class TlsTest : public ::testing::Test {
     return RunCtl(all);
   }
 
-  std::string directory_, pki_, server_;
+  const test::TempDir directory_;
+  std::string pki_ = directory_ / "pki", server_;
   std::unique_ptr<CtlProcess> batond_;
 };
 
@@ -91,7 +87,7 @@ TEST_F(TlsTest, RolesDecideWhatACertificateMayDo) {
 
 TEST_F(TlsTest, ForeignAuthority_IsRefusedWithAReason) {
   std::string own = pki_;
-  pki_ = directory_ + "/foreign";
+  pki_ = directory_ / "foreign";
   ASSERT_EQ(MakeCerts({"ca"}), 0);
   ASSERT_EQ(MakeCerts({"operator", "eve"}), 0);
   // She trusts the right server, but it does not trust her.

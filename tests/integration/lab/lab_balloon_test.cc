@@ -10,6 +10,7 @@
 
 #include "agent/vhost/balloon_backend.h"
 #include "tests/lab/vm/guest.h"
+#include "tests/temp_dir.h"
 
 namespace baton::lab {
 namespace {
@@ -45,8 +46,7 @@ struct Listener final : memory::HintListener {
 
 class LabBalloon : public testing::Test {
  protected:
-  LabBalloon() : dir_(testing::TempDir() + "lab-balloon-XXXXXX") {
-    EXPECT_NE(::mkdtemp(dir_.data()), nullptr);
+  LabBalloon() {
     std::ofstream(dir_ + "/mem").close();
     std::filesystem::resize_file(dir_ + "/mem", kGuestBytes);
     std::vector<memory::RamBlock> blocks;
@@ -76,7 +76,6 @@ class LabBalloon : public testing::Test {
   ~LabBalloon() override {
     guest_.reset();
     balloon_.reset();
-    std::filesystem::remove_all(dir_);
   }
   // The first session once the guest's balloon runs.
   bool Ask(Listener& listener) {
@@ -89,7 +88,8 @@ class LabBalloon : public testing::Test {
     return asked.ok() && listener.Await();
   }
 
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   std::optional<memory::GuestRam> ram_;
   std::unique_ptr<vhost::BalloonBackend> balloon_;
   std::unique_ptr<LabGuest> guest_;

@@ -10,6 +10,7 @@
 #include "common/unix_socket.h"
 #include "tests/integration/shim/real_peers.h"
 #include "tests/lab/vm/harness.h"
+#include "tests/temp_dir.h"
 
 namespace baton::lab {
 namespace {
@@ -166,8 +167,6 @@ TEST_F(LabGuestTest, ADamagedStateIsRefused) {
 class LabProgramTest : public testing::Test {
  protected:
   LabProgramTest() {
-    char dir[] = "/tmp/blp-XXXXXX";
-    dir_ = ::mkdtemp(dir);
     for (const char* host : {"a", "b"}) std::filesystem::create_directory(dir_ + "/" + host);
     std::ofstream(dir_ + "/image").close();
     std::filesystem::resize_file(dir_ + "/image", 8 << 20);
@@ -177,7 +176,6 @@ class LabProgramTest : public testing::Test {
       if (driver.get()) driver.get()->Kill();
     }
     backends_.clear();
-    std::filesystem::remove_all(dir_);
   }
   absl::StatusOr<std::unique_ptr<vmm::QmpDriver>> Launch(const std::string& host, bool incoming) {
     const std::string run = dir_ + "/" + host;
@@ -215,7 +213,8 @@ class LabProgramTest : public testing::Test {
     ASSERT_EQ(::write(console->get(), &key, 1), 1);
   }
 
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   std::vector<BackendProcess> backends_;
   std::unique_ptr<vmm::QmpDriver> a_, b_;
 };

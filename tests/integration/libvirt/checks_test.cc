@@ -6,12 +6,12 @@
 #include <libvirt/libvirt.h>
 
 #include <condition_variable>
-#include <filesystem>
 #include <fstream>
 #include <mutex>
 
 #include "agent/vmm/libvirt/rewrite.h"
 #include "tests/integration/libvirt/libvirt_host.h"
+#include "tests/temp_dir.h"
 
 namespace baton::vmm {
 namespace {
@@ -24,9 +24,6 @@ constexpr char kUuid[] = "4dea22b3-1d52-48f3-a516-782e98ab3fa0";
 class LibvirtChecksTest : public testing::Test {
  protected:
   void SetUp() override {
-    char name[] = "/tmp/baton-libvirt-XXXXXX";
-    ASSERT_NE(::mkdtemp(name), nullptr);
-    dir_ = name;
     host_.emplace(dir_ + "/host");
     ASSERT_TRUE(host_->Start().ok());
     LibvirtOptions options;
@@ -45,7 +42,6 @@ class LibvirtChecksTest : public testing::Test {
   void TearDown() override {
     connection_.reset();
     host_->Kill();
-    std::filesystem::remove_all(dir_);
   }
 
   void Image(const std::string& name, const std::string& format) {
@@ -95,7 +91,8 @@ class LibvirtChecksTest : public testing::Test {
     return out;
   }
 
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   std::optional<LibvirtHost> host_;
   std::mutex mutex_;
   std::condition_variable changed_;

@@ -13,6 +13,7 @@
 #include <mutex>
 
 #include "tests/integration/libvirt/libvirt_host.h"
+#include "tests/temp_dir.h"
 
 namespace baton::vmm {
 namespace {
@@ -23,12 +24,7 @@ using testing::HasSubstr;
 
 class LibvirtInventoryTest : public testing::Test {
  protected:
-  void SetUp() override {
-    char name[] = "/tmp/baton-libvirt-XXXXXX";
-    ASSERT_NE(::mkdtemp(name), nullptr);
-    dir_ = name;
-    host_.emplace(dir_ + "/host");
-  }
+  void SetUp() override { host_.emplace(dir_ + "/host"); }
   void TearDown() override {
     inventory_.reset();
     host_->Kill();
@@ -36,7 +32,6 @@ class LibvirtInventoryTest : public testing::Test {
       std::filesystem::copy(dir_ + "/host.log", "libvirt-inventory-test.log",
                             std::filesystem::copy_options::overwrite_existing);
     }
-    std::filesystem::remove_all(dir_);
   }
 
   void StartInventory(Duration view_interval = seconds(60)) {
@@ -106,7 +101,8 @@ class LibvirtInventoryTest : public testing::Test {
     });
   }
 
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   std::optional<LibvirtHost> host_;
   std::unique_ptr<LibvirtInventory> inventory_;
   std::mutex mutex_;

@@ -19,6 +19,7 @@
 #include "agent/vmm/libvirt/connection.h"
 #include "agent/vmm/libvirt/settlement.h"
 #include "tests/integration/libvirt/libvirt_host.h"
+#include "tests/temp_dir.h"
 
 namespace baton::vmm {
 namespace {
@@ -111,9 +112,6 @@ class Side {
 class TunnelMigrationTest : public testing::TestWithParam<bool> {
  protected:
   void SetUp() override {
-    char name[] = "/tmp/baton-tunnel-XXXXXX";
-    ASSERT_NE(::mkdtemp(name), nullptr);
-    dir_ = name;
     a_.emplace(dir_, "a");
     b_.emplace(dir_, "b");
     ASSERT_NO_FATAL_FAILURE(a_->Start());
@@ -133,7 +131,6 @@ class TunnelMigrationTest : public testing::TestWithParam<bool> {
     ::shutdown(port_.get(), SHUT_RDWR);
     if (hands_.joinable()) hands_.join();
     exit_.reset();
-    std::filesystem::remove_all(dir_);
   }
 
   void MakeCertificates() {
@@ -249,7 +246,9 @@ class TunnelMigrationTest : public testing::TestWithParam<bool> {
     return changed_.wait_for(lock, kSoon, [&] { return broken_.find(text) != std::string::npos; });
   }
 
-  std::string dir_, address_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
+  std::string address_;
   std::optional<Side> a_, b_;
   std::shared_ptr<const stream::TlsContext> tls_;
   UniqueFd port_;

@@ -5,7 +5,6 @@
 #include <grpcpp/grpcpp.h>
 #include <signal.h>
 
-#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -16,23 +15,17 @@
 #include "common/grpc_credentials.h"
 #include "common/grpc_status.h"
 #include "common/process.h"
+#include "tests/temp_dir.h"
 
 namespace baton::test {
 
 class BatondHarness {
  public:
-  explicit BatondHarness(std::vector<std::string> extra = {}) : extra_(std::move(extra)) {
-    char name[] = "/tmp/batond-test-XXXXXX";
-    dir_ = ::mkdtemp(name);
-  }
-  ~BatondHarness() {
-    process_.reset();
-    std::filesystem::remove_all(dir_);
-  }
+  explicit BatondHarness(std::vector<std::string> extra = {}) : extra_(std::move(extra)) {}
 
-  const std::string& dir() const { return dir_; }
-  std::string socket() const { return dir_ + "/batond.sock"; }
-  std::string data() const { return dir_ + "/data"; }
+  const std::string& dir() const { return dir_.path(); }
+  std::string socket() const { return dir_ / "batond.sock"; }
+  std::string data() const { return dir_ / "data"; }
 
   // Words put before batond's own command line, for a shell or namespace around it.
   void set_wrapper(std::vector<std::string> wrapper) { wrapper_ = std::move(wrapper); }
@@ -96,7 +89,7 @@ class BatondHarness {
   }
 
  private:
-  std::string dir_;
+  const TempDir dir_;
   std::vector<std::string> extra_;
   std::vector<std::string> wrapper_;
   std::string heartbeat_ = "60s";

@@ -8,6 +8,7 @@
 #include "tests/integration/server/fake_agent.h"
 #include "tests/integration/server/until.h"
 #include "tests/integration/server/watcher.h"
+#include "tests/temp_dir.h"
 
 namespace baton::test {
 namespace {
@@ -16,11 +17,6 @@ using Kind = v1::Command::BodyCase;
 
 class FaultsTest : public ::testing::Test {
  protected:
-  FaultsTest() {
-    char name[] = "/tmp/batond-fault-XXXXXX";
-    dir_ = ::mkdtemp(name);
-  }
-  ~FaultsTest() override { std::filesystem::remove_all(dir_); }
   // Runs batond until it ends by itself.
   CommandOutput Run(std::vector<std::string> arguments) {
     SpawnOptions options;
@@ -30,7 +26,8 @@ class FaultsTest : public ::testing::Test {
     EXPECT_TRUE(output.ok()) << output.status();
     return output.ok() ? *output : CommandOutput{};
   }
-  std::string dir_;
+  const TempDir temp_;
+  const std::string& dir_ = temp_.path();
 };
 
 TEST_F(FaultsTest, APortInUseIsNamed) {

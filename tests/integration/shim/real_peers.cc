@@ -16,19 +16,6 @@ namespace {
 using std::chrono::seconds;
 }
 
-TempDirs::TempDirs() {
-  char dir[] = "/tmp/bt-XXXXXX";
-  char shm[] = "/dev/shm/bt-XXXXXX";
-  dir_ = ::mkdtemp(dir);
-  shm_ = ::mkdtemp(shm);
-}
-
-TempDirs::~TempDirs() {
-  std::error_code error;
-  if (std::getenv("BATON_TEST_KEEP") == nullptr) std::filesystem::remove_all(dir_, error);
-  std::filesystem::remove_all(shm_, error);
-}
-
 std::string FindProgram(const std::string& env, const std::string& name) {
   if (const char* path = std::getenv(env.c_str()); path != nullptr && *path != 0) return path;
   std::istringstream path(std::getenv("PATH") != nullptr ? std::getenv("PATH") : "/usr/bin:/bin");

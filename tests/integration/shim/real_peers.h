@@ -13,6 +13,7 @@
 #include "common/process.h"
 #include "common/status.h"
 #include "common/unix_socket.h"
+#include "tests/temp_dir.h"
 
 namespace baton::test {
 
@@ -20,13 +21,11 @@ namespace baton::test {
 // end.
 class TempDirs {
  public:
-  TempDirs();
-  ~TempDirs();
-  const std::string& dir() const { return dir_; }
-  const std::string& shm() const { return shm_; }
+  const std::string& dir() const { return dir_.path(); }
+  const std::string& shm() const { return shm_.path(); }
 
  private:
-  std::string dir_, shm_;
+  const TempDir dir_, shm_{"/dev/shm"};
 };
 
 // Path of a program, by environment variable or in PATH; empty if it is not there.

@@ -5,7 +5,6 @@
 #include <sys/eventfd.h>
 
 #include <atomic>
-#include <filesystem>
 #include <mutex>
 #include <thread>
 
@@ -13,6 +12,7 @@
 #include "tests/integration/vhost/peers.h"
 #include "tests/lab/device/lab_device.h"
 #include "tests/lab/net/net_model.h"
+#include "tests/temp_dir.h"
 
 namespace baton::test {
 namespace {
@@ -142,7 +142,7 @@ class UmlNet : public ::testing::Test {
     ASSERT_TRUE(mediator.ok()) << mediator.status();
     mediator_ = std::move(*mediator);
     auto guest = UmlGuest::Start(
-        {.socket = front_, .threads = 1, .report = 500, .directory = work_.Path(""), .net = true});
+        {.socket = front_, .threads = 1, .report = 500, .directory = work_ / "", .net = true});
     ASSERT_TRUE(guest.ok()) << guest.status();
     guest_.emplace(std::move(*guest));
     auto started = guest_->WaitFor("PROGRESS", Deadline::After(seconds(90)));
@@ -159,9 +159,8 @@ class UmlNet : public ::testing::Test {
     }
   }
 
-  Workspace work_;
-  const std::string backend_ = work_.Path("net.sock"), front_ = work_.Path("vmm.sock"),
-                    wire_ = work_.Path("wire.sock");
+  const TempDir work_;
+  const std::string backend_ = work_ / "net.sock", front_ = work_ / "vmm.sock", wire_ = work_ / "wire.sock";
   Network network_{wire_};
   std::unique_ptr<NetDevice> device_;
   std::unique_ptr<vhost::Mediator> mediator_;

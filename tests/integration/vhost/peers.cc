@@ -18,16 +18,6 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 }  // namespace
 
-Workspace::Workspace() {
-  char dir[] = "/tmp/bv-XXXXXX";
-  dir_ = ::mkdtemp(dir);
-}
-
-Workspace::~Workspace() {
-  std::error_code error;
-  if (!std::getenv("BATON_TEST_KEEP")) std::filesystem::remove_all(dir_, error);
-}
-
 absl::Status MakeSparseFile(const std::string& path, uint64_t size) {
   UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
   if (!fd || ::ftruncate(fd.get(), static_cast<off_t>(size)) < 0) return ErrnoError(errno, path);

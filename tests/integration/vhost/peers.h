@@ -12,17 +12,6 @@
 
 namespace baton::test {
 
-// A directory of its own under /tmp, removed at the end.
-class Workspace {
- public:
-  Workspace();
-  ~Workspace();
-  std::string Path(const std::string& name) const { return dir_ + "/" + name; }
-
- private:
-  std::string dir_;
-};
-
 // qemu-storage-daemon with one vhost-user-blk export that it listens for by itself, so that a killed one
 // leaves its socket file behind as in real life. `throttle_us`: each request takes about so long.
 class Qsd {

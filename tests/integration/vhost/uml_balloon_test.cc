@@ -20,6 +20,7 @@
 #include "agent/vhost/balloon_backend.h"
 #include "common/log.h"
 #include "tests/integration/vhost/peers.h"
+#include "tests/temp_dir.h"
 #include "tests/unit/migration/cutting_proxy.h"
 #include "tests/unit/migration/fake_host.h"
 
@@ -239,17 +240,16 @@ class UmlBalloon : public ::testing::Test {
     vhost::MediatorOptions options;
     options.spec.set_name("balloon");
     options.spec.set_class_(v1::BALLOON);
-    options.backend.set_socket(work_.Path("balloon.sock"));
+    options.backend.set_socket(work_ / "balloon.sock");
     options.backend.set_recovery(v1::RECOVERY_ORDERED);
-    options.listen_path = work_.Path("vmm.sock");
+    options.listen_path = work_ / "vmm.sock";
     options.ram = &ram_;
     vhost::MediatorCallbacks callbacks;
     callbacks.on_memory = [this](const auto& regions) { TakeMemory(regions); };
     auto mediator = vhost::Mediator::Start(std::move(options), std::move(callbacks));
     ASSERT_TRUE(mediator.ok()) << mediator.status();
     mediator_ = *std::move(mediator);
-    auto guest =
-        UmlGuest::Start({.socket = work_.Path("vmm.sock"), .directory = work_.Path(""), .balloon = true});
+    auto guest = UmlGuest::Start({.socket = work_ / "vmm.sock", .directory = work_ / "", .balloon = true});
     ASSERT_TRUE(guest.ok()) << guest.status();
     guest_.emplace(*std::move(guest));
     pid_.set_value(guest_->process().pid());
@@ -263,7 +263,7 @@ class UmlBalloon : public ::testing::Test {
   }
   void StartDevice() {
     vhost::BalloonBackendOptions options;
-    options.listen_path = work_.Path("balloon.sock");
+    options.listen_path = work_ / "balloon.sock";
     options.ram = &ram_;
     options.state = state_;
     auto balloon = vhost::BalloonBackend::Start(std::move(options));
@@ -289,7 +289,7 @@ class UmlBalloon : public ::testing::Test {
     ASSERT_TRUE(dirtied.ok()) << dirtied.status();
   }
 
-  Workspace work_;
+  const TempDir work_;
   std::promise<pid_t> pid_;
   std::shared_future<pid_t> pid_ready_;
   memory::GuestRam ram_{std::vector<memory::RamBlock>{}};

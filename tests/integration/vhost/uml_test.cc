@@ -6,6 +6,7 @@
 #include "common/log.h"
 #include "tests/integration/vhost/peers.h"
 #include "tests/lab/vm/harness.h"
+#include "tests/temp_dir.h"
 
 namespace baton::test {
 namespace {
@@ -59,8 +60,8 @@ class UmlMediator : public ::testing::Test {
   }
 
   void StartGuest(int threads = 1, int report = 50) {
-    auto guest = UmlGuest::Start(
-        {.socket = front_, .threads = threads, .report = report, .directory = work_.Path("")});
+    auto guest =
+        UmlGuest::Start({.socket = front_, .threads = threads, .report = report, .directory = work_ / ""});
     ASSERT_TRUE(guest.ok()) << guest.status();
     guest_.emplace(std::move(*guest));
     auto started = guest_->WaitFor("PROGRESS", Deadline::After(kBoot));
@@ -89,9 +90,8 @@ class UmlMediator : public ::testing::Test {
     EXPECT_NE(result->find("RESULT OK"), std::string::npos) << guest_->output();
   }
 
-  Workspace work_;
-  const std::string image_ = work_.Path("image"), backend_ = work_.Path("qsd.sock"),
-                    front_ = work_.Path("vmm.sock");
+  const TempDir work_;
+  const std::string image_ = work_ / "image", backend_ = work_ / "qsd.sock", front_ = work_ / "vmm.sock";
   std::optional<Qsd> qsd_;
   std::unique_ptr<vhost::Mediator> mediator_;
   std::optional<UmlGuest> guest_;
@@ -161,7 +161,7 @@ TEST_F(UmlMediator, KilledBackendWithInflightRegionLosesNothingAtDepth) {
 // back.
 TEST_F(UmlMediator, SwappedBackendUnderTheRunningGuest) {
   StartQsd();
-  const std::string second = work_.Path("second.sock");
+  const std::string second = work_ / "second.sock";
   auto other = Qsd::Start({.socket = second, .image = image_, .queues = 1, .iops = 0});
   ASSERT_TRUE(other.ok()) << other.status();
   StartMediator(Options());
@@ -183,7 +183,7 @@ TEST_F(UmlMediator, SwappedBackendUnderTheRunningGuest) {
 
 // What is in flight at the old back-end is neither finished nor cancelled there: the new one does it.
 TEST_F(UmlMediator, RequestsInFlightAreHandedToAnotherBackend) {
-  const std::string second = work_.Path("second.sock");
+  const std::string second = work_ / "second.sock";
   auto one = StartLabDevice(backend_, "50000"), other = StartLabDevice(second, "50000");
   ASSERT_TRUE(one.ok() && other.ok()) << one.status() << other.status();
   vhost::MediatorOptions options = Options();

@@ -84,19 +84,13 @@ void BackendProcess::Kill() {
 
 bool BackendProcess::AwaitEnd(Deadline deadline) { return process_.Wait(deadline).ok(); }
 
-Harness::Harness(HarnessOptions options) : options_(std::move(options)) {
-  // Guest memory and image in memory: what is tested is not the storage. Short, for the sockets' sake.
-  char dir[] = "/dev/shm/blg-XXXXXX";
-  if (::mkdtemp(dir)) dir_ = dir;
-}
+Harness::Harness(HarnessOptions options) : options_(std::move(options)) {}
 
 Harness::~Harness() {
   driver_.reset();
   mediator_.reset();
   backend_.reset();
   ram_.reset();
-  std::error_code ignored;
-  if (!dir_.empty()) std::filesystem::remove_all(dir_, ignored);
 }
 
 void Harness::Say(const std::string& line) {

@@ -14,6 +14,7 @@
 #include "agent/vhost/mediator.h"
 #include "common/process.h"
 #include "tests/lab/vm/guest_driver.h"
+#include "tests/temp_dir.h"
 
 namespace baton::lab {
 
@@ -104,7 +105,9 @@ class Harness {
   void Say(const std::string& line);
 
   const HarnessOptions options_;
-  std::string dir_;
+  // Guest memory and image in memory: what is tested is not the storage.
+  const test::TempDir temp_{"/dev/shm"};
+  const std::string& dir_ = temp_.path();
   int generation_ = 0;  // of the host
   int backend_number_ = 0;
   std::unique_ptr<memory::GuestRam> ram_;

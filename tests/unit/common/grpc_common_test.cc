@@ -5,7 +5,6 @@
 #include <sys/un.h>
 
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 
 #include "common/fd.h"
@@ -15,22 +14,12 @@
 #include "common/metrics.h"
 #include "common/reason.h"
 #include "common/units.h"
+#include "tests/temp_dir.h"
 
 namespace baton {
 namespace {
 
-class TempDir {
- public:
-  TempDir() {
-    char name[] = "/tmp/baton-common-XXXXXX";
-    path_ = ::mkdtemp(name);
-  }
-  ~TempDir() { std::filesystem::remove_all(path_); }
-  std::string operator/(const std::string& name) const { return path_ + "/" + name; }
-
- private:
-  std::string path_;
-};
+using test::TempDir;
 
 TEST(Address, LocalMeansNeverLeavesTheMachine) {
   for (const char* local : {"127.0.0.1:1", "127.8.9.1:1", "[::1]:1", "localhost:1", "unix:/x"}) {

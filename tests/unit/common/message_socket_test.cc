@@ -11,6 +11,7 @@
 
 #include "baton/v1/shim.pb.h"
 #include "common/unix_socket.h"
+#include "tests/temp_dir.h"
 
 namespace baton {
 namespace {
@@ -125,12 +126,8 @@ TEST(MessageSocket, Enqueue_PeerThatDoesNotRead_IsGivenUp) {
 
 class UnixListenerTest : public testing::Test {
  protected:
-  UnixListenerTest() {
-    char name[] = "/tmp/baton-sock-XXXXXX";
-    dir_ = ::mkdtemp(name);
-  }
-  ~UnixListenerTest() override { std::filesystem::remove_all(dir_); }
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
 };
 
 TEST_F(UnixListenerTest, AcceptsAndRemovesItsPath) {

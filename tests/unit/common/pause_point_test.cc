@@ -9,22 +9,16 @@
 #include <thread>
 
 #include "common/fd.h"
+#include "tests/temp_dir.h"
 
 namespace baton {
 namespace {
 
 class PausePointTest : public testing::Test {
  protected:
-  void SetUp() override {
-    char name[] = "/tmp/baton-pause-XXXXXX";
-    ASSERT_NE(mkdtemp(name), nullptr);
-    dir_ = name;
-  }
-  void TearDown() override {
-    unsetenv("BATON_PAUSE_AT");
-    std::filesystem::remove_all(dir_);
-  }
-  std::string dir_;
+  void TearDown() override { unsetenv("BATON_PAUSE_AT"); }
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
 };
 
 TEST_F(PausePointTest, DoesNothingWhenNotNamed) {

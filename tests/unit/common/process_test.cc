@@ -16,6 +16,8 @@
 #include <sstream>
 #include <thread>
 
+#include "tests/temp_dir.h"
+
 namespace baton {
 namespace {
 
@@ -104,9 +106,8 @@ TEST(Process, SignalsAreDefaultInTheChild) {
 }
 
 TEST(Process, DeadlineKillsTheWholeGroup) {
-  char path[] = "/tmp/baton-process-XXXXXX";
-  ASSERT_NE(::mkdtemp(path), nullptr);
-  std::string file = std::string(path) + "/pid";
+  const test::TempDir dir;
+  std::string file = dir / "pid";
   auto out = Shell(fmt::format("sleep 1000 & echo $! > {}; wait", file), Deadline::After(milliseconds(300)));
   EXPECT_EQ(out.status().code(), absl::StatusCode::kDeadlineExceeded);
   FILE* in = ::fopen(file.c_str(), "r");
@@ -117,8 +118,6 @@ TEST(Process, DeadlineKillsTheWholeGroup) {
   // The signal is sent; the end may take a moment.
   for (Deadline wait = Soon(); !wait.Expired() && ProcessStartTime(pid).ok();) ::sched_yield();
   EXPECT_FALSE(ProcessStartTime(pid).ok());
-  ::unlink(file.c_str());
-  ::rmdir(path);
 }
 
 TEST(Process, DaemonLeftBehindDoesNotHoldTheCommand) {

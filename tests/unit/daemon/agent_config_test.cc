@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "common/durable_file.h"
+#include "tests/temp_dir.h"
 
 namespace baton::daemon {
 namespace {
@@ -122,9 +123,6 @@ TEST(AgentConfig, WrongOnesNameLineAndField) {
 class Environment : public testing::Test {
  protected:
   void SetUp() override {
-    char path[] = "/tmp/baton-config-XXXXXX";
-    ASSERT_NE(::mkdtemp(path), nullptr);
-    dir_ = path;
     config_ = *ParseAgentConfig(kSmall, "c");
     config_.run_dir = dir_ + "/run";
     config_.state_dir = dir_ + "/state";
@@ -132,10 +130,10 @@ class Environment : public testing::Test {
     config_.shim = "/bin/true";
     config_.qemu["default"].path = "/bin/true";
   }
-  void TearDown() override { EXPECT_TRUE(RemoveTree(dir_).ok()); }
   std::string Check() { return Message(CheckAgentEnvironment(config_)); }
 
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   AgentConfig config_;
 };
 

@@ -15,6 +15,7 @@
 #include "agent/daemon/vm_manager.h"
 #include "common/durable_file.h"
 #include "common/process.h"
+#include "tests/temp_dir.h"
 
 namespace baton::daemon {
 
@@ -102,9 +103,6 @@ class TestAgent {
 class AgentTest : public testing::Test {
  protected:
   void SetUp() override {
-    char path[] = "/tmp/baton-agent-XXXXXX";
-    ASSERT_NE(::mkdtemp(path), nullptr);
-    dir_ = path;
     config_.name = "a";
     config_.run_dir = dir_ + "/run";
     config_.state_dir = dir_ + "/state";
@@ -128,7 +126,6 @@ class AgentTest : public testing::Test {
     ::unsetenv("BATON_FAKE_SHIM");
     // Shims and VMMs of a failed test as well.
     for (const ProcessId& id : FindByCommandLine(dir_ + "/")) (void)KillProcess(id, Soon());
-    EXPECT_TRUE(RemoveTree(dir_).ok());
   }
 
   void Restart() {
@@ -196,7 +193,8 @@ class AgentTest : public testing::Test {
     EXPECT_TRUE(FindByCommandLine("mem-path=" + paths.memory).empty());
   }
 
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   AgentConfig config_;
   std::unique_ptr<TestAgent> agent_;
 };

@@ -15,6 +15,7 @@
 #include "agent/daemon/task_queue.h"
 #include "common/config.h"
 #include "common/durable_file.h"
+#include "tests/temp_dir.h"
 
 namespace baton::daemon {
 namespace {
@@ -22,21 +23,9 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using State = migration::Ownership::State;
+using test::TempDir;
 
 Deadline Soon() { return Deadline::After(std::chrono::seconds(20)); }
-
-class TempDir {
- public:
-  TempDir() {
-    char path[] = "/tmp/baton-parts-XXXXXX";
-    path_ = ::mkdtemp(path);
-  }
-  ~TempDir() { (void)RemoveTree(path_); }
-  std::string operator/(const std::string& name) const { return path_ + "/" + name; }
-
- private:
-  std::string path_;
-};
 
 v1::DeviceSpec Disk(const std::string& socket = "") {
   v1::DeviceSpec device;

@@ -4,7 +4,6 @@
 #include <gmock/gmock.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>
 #include <sys/ioctl.h>
 
 #include <deque>
@@ -12,6 +11,7 @@
 #include "agent/daemon/console_relay.h"
 #include "common/durable_file.h"
 #include "common/unix_socket.h"
+#include "tests/temp_dir.h"
 #include "tests/unit/daemon/fake_batond.h"
 
 namespace baton::daemon {
@@ -23,10 +23,6 @@ using std::chrono::seconds;
 class SessionTest : public testing::Test {
  protected:
   void SetUp() override {
-    char path[] = "/tmp/baton-session-XXXXXX";
-    ASSERT_NE(::mkdtemp(path), nullptr);
-    dir_ = path;
-    address_ = "unix:" + dir_ + "/batond.sock";
     batond_ = std::make_unique<FakeBatond>(address_);
     Session::Handlers handlers;
     handlers.hello = [] {
@@ -52,7 +48,6 @@ class SessionTest : public testing::Test {
   void TearDown() override {
     session_.reset();
     batond_.reset();
-    EXPECT_TRUE(RemoveTree(dir_).ok());
   }
   static bool IsHello(const v1::AgentMessage& message) { return message.has_hello(); }
   std::pair<v1::Command, uint64_t> NextCommand() {
@@ -63,7 +58,8 @@ class SessionTest : public testing::Test {
     return command;
   }
 
-  std::string dir_, address_;
+  const test::TempDir dir_;
+  const std::string address_ = "unix:" + dir_ / "batond.sock";
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::pair<v1::Command, uint64_t>> commands_;
@@ -132,9 +128,6 @@ TEST_F(SessionTest, EndsWhileBatondIsAway) {
 class ConsoleTest : public testing::Test {
  protected:
   void SetUp() override {
-    char path[] = "/tmp/baton-console-XXXXXX";
-    ASSERT_NE(::mkdtemp(path), nullptr);
-    dir_ = path;
     paths_.console = dir_ + "/console.sock";
     paths_.console_log = dir_ + "/console.log";
     auto listener = UnixListener::Listen(paths_.console);
@@ -156,7 +149,6 @@ class ConsoleTest : public testing::Test {
   void TearDown() override {
     relay_.reset();
     listener_.Close();
-    EXPECT_TRUE(RemoveTree(dir_).ok());
   }
   UniqueFd AcceptGuest() {
     EXPECT_TRUE(WaitFd(listener_.fd(), 1, Deadline::After(seconds(20)), "accept").ok());
@@ -167,7 +159,8 @@ class ConsoleTest : public testing::Test {
     return changed_.wait_for(lock, seconds(20), condition);
   }
 
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   VmPaths paths_;
   UnixListener listener_;
   std::mutex mutex_;

@@ -8,7 +8,6 @@
 #include <unistd.h>
 
 #include <cstdlib>
-#include <filesystem>
 
 namespace baton::lab {
 namespace {
@@ -21,12 +20,6 @@ constexpr uint32_t kHeaderBytes = 16;
 uint32_t Number(Request request) { return static_cast<uint32_t>(request); }
 
 }  // namespace
-
-LabDirectory::LabDirectory() {
-  char dir[] = "/tmp/ld-XXXXXX";
-  dir_ = ::mkdtemp(dir);
-}
-LabDirectory::~LabDirectory() { std::filesystem::remove_all(dir_); }
 
 void LabDirectory::MakeImage(uint64_t bytes) const {
   UniqueFd image(::open(Path("image").c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));

@@ -16,6 +16,7 @@
 #include "tests/lab/device/blk_model.h"
 #include "tests/lab/device/guest_map.h"
 #include "tests/lab/device/lab_device.h"
+#include "tests/temp_dir.h"
 
 namespace baton::lab {
 
@@ -27,14 +28,12 @@ inline Deadline InTime() { return Deadline::After(std::chrono::seconds(20)); }
 // A directory with an image, removed at the end.
 class LabDirectory {
  public:
-  LabDirectory();
-  ~LabDirectory();
-  std::string Path(const std::string& name) const { return dir_ + "/" + name; }
+  std::string Path(const std::string& name) const { return dir_ / name; }
   // A disk of zeroes at "image".
   void MakeImage(uint64_t bytes) const;
 
  private:
-  std::string dir_;
+  const test::TempDir dir_;
 };
 
 // A device on a thread of its own.

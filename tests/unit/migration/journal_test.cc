@@ -11,6 +11,8 @@
 #include <fstream>
 #include <thread>
 
+#include "tests/temp_dir.h"
+
 namespace baton::migration {
 namespace {
 
@@ -18,14 +20,6 @@ using K = JournalRecord::Kind;
 
 class JournalTest : public testing::Test {
  protected:
-  void SetUp() override {
-    char name[] = "/tmp/baton-journal-XXXXXX";
-    ASSERT_NE(mkdtemp(name), nullptr);
-    dir_ = name;
-    path_ = dir_ + "/journal";
-  }
-  void TearDown() override { std::filesystem::remove_all(dir_); }
-
   void WriteThree() {
     auto journal = Journal::Open(path_);
     ASSERT_TRUE(journal.ok()) << journal.status();
@@ -39,7 +33,9 @@ class JournalTest : public testing::Test {
 
   const std::vector<JournalRecord> kThree = {
       {K::kOwner, 1, ""}, {K::kYielded, 1, "m1"}, {K::kReleased, 1, "m1"}};
-  std::string dir_, path_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
+  const std::string path_ = dir_ + "/journal";
 };
 
 TEST_F(JournalTest, ReplaysWhatWasAppended) {

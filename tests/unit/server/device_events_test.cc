@@ -5,10 +5,10 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
-#include <filesystem>
 #include <mutex>
 
 #include "server/store/sqlite_store.h"
+#include "tests/temp_dir.h"
 
 namespace baton::server {
 namespace {
@@ -25,15 +25,8 @@ class TestLink : public AgentLink {
 
 class DeviceEventsTest : public ::testing::Test {
  protected:
-  DeviceEventsTest() {
-    char dir[] = "/tmp/de-XXXXXX";
-    dir_ = ::mkdtemp(dir);
-    Open();
-  }
-  ~DeviceEventsTest() override {
-    Shut();
-    std::filesystem::remove_all(dir_);
-  }
+  DeviceEventsTest() { Open(); }
+  ~DeviceEventsTest() override { Shut(); }
 
   void On(const std::function<void()>& work) {
     loop_->Post(work);
@@ -53,7 +46,7 @@ class DeviceEventsTest : public ::testing::Test {
     metrics_ = std::make_unique<ServerMetrics>();
     On([this] {
       SqliteOptions options;
-      options.directory = dir_;
+      options.directory = dir_.path();
       auto store = SqliteStore::Open(options);
       ASSERT_TRUE(store.ok()) << store.status();
       store_ = *std::move(store);
@@ -171,7 +164,7 @@ class DeviceEventsTest : public ::testing::Test {
     return record;
   }
 
-  std::string dir_;
+  const test::TempDir dir_;
   std::unique_ptr<EventLoop> loop_;
   std::unique_ptr<ServerMetrics> metrics_;
   std::unique_ptr<Store> store_;

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <cstdio>
-#include <filesystem>
 #include <fstream>
 
 #include "common/grpc_status.h"
@@ -16,6 +15,7 @@
 #include "server/event_loop.h"
 #include "server/names.h"
 #include "server/schedule/limits.h"
+#include "tests/temp_dir.h"
 
 namespace baton::server {
 namespace {
@@ -173,16 +173,11 @@ TEST(Params, AnswersToRequestsInFlight) {
 
 class ConfigTest : public ::testing::Test {
  protected:
-  ConfigTest() {
-    char name[] = "/tmp/baton-config-XXXXXX";
-    dir_ = ::mkdtemp(name);
-  }
-  ~ConfigTest() override { std::filesystem::remove_all(dir_); }
   std::string Write(const std::string& text) {
-    std::ofstream(dir_ + "/c.yaml") << text;
-    return dir_ + "/c.yaml";
+    std::ofstream(dir_ / "c.yaml") << text;
+    return dir_ / "c.yaml";
   }
-  std::string dir_;
+  const test::TempDir dir_;
 };
 
 TEST_F(ConfigTest, EveryFieldIsReadAndFlagsWin) {

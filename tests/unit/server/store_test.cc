@@ -7,20 +7,13 @@
 #include <fstream>
 
 #include "server/store/sqlite_store.h"
+#include "tests/temp_dir.h"
 
 namespace baton::server {
 namespace {
 
 class StoreTest : public ::testing::Test {
  protected:
-  StoreTest() {
-    char name[] = "/tmp/baton-store-XXXXXX";
-    dir_ = ::mkdtemp(name);
-  }
-  ~StoreTest() override {
-    store_.reset();
-    std::filesystem::remove_all(dir_);
-  }
   absl::Status Open(int64_t log_length = 1000) {
     store_.reset();
     auto store = SqliteStore::Open({dir_, log_length});
@@ -33,7 +26,8 @@ class StoreTest : public ::testing::Test {
     EXPECT_TRUE(revision.ok()) << revision.status();
     return revision.value_or(-1);
   }
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   std::unique_ptr<SqliteStore> store_;
 };
 

@@ -6,11 +6,11 @@
 #include <sys/socket.h>
 
 #include <cstdlib>
-#include <filesystem>
 #include <thread>
 
 #include "agent/stream/preamble.h"
 #include "common/unix_socket.h"
+#include "tests/temp_dir.h"
 
 namespace baton::shim {
 namespace {
@@ -26,13 +26,6 @@ Deadline Soon() { return Deadline::After(seconds(60)); }
 
 class DomainDeviceLinkTest : public testing::Test {
  protected:
-  void SetUp() override {
-    char name[] = "/tmp/baton-link-XXXXXX";
-    ASSERT_NE(mkdtemp(name), nullptr);
-    dir_ = name;
-  }
-  void TearDown() override { std::filesystem::remove_all(dir_); }
-
   DomainDeviceReceiver::Options ReceiverOptions() const {
     return {.migration_id = kMigration, .run_dir = dir_, .epoch = kEpoch};
   }
@@ -71,7 +64,8 @@ class DomainDeviceLinkTest : public testing::Test {
     EXPECT_TRUE(absl::IsOutOfRange(end.status()) || absl::IsUnavailable(end.status())) << end.status();
   }
 
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
 };
 
 TEST_F(DomainDeviceLinkTest, StatesAreTakenAfterAHello) {

@@ -5,14 +5,15 @@
 #include <sys/stat.h>
 
 #include <cstdlib>
-#include <filesystem>
 #include <fstream>
+#include <memory>
 #include <thread>
 
 #include "agent/stream/channel.h"
 #include "agent/stream/memory_receiver.h"
 #include "agent/stream/memory_sender.h"
 #include "agent/stream/message_channel.h"
+#include "tests/temp_dir.h"
 #include "tests/unit/stream/stream_testing.h"
 
 namespace baton::stream {
@@ -22,43 +23,39 @@ namespace {
 class Certificates : public testing::Test {
  protected:
   static void SetUpTestSuite() {
-    char path[] = "/tmp/baton-tls-test-XXXXXX";
-    ASSERT_NE(::mkdtemp(path), nullptr);
-    dir_ = new std::string(path);
+    dir_ = std::make_unique<test::TempDir>();
     for (const char* ca : {"ca", "other"}) {
       Run(fmt::format(
           "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN={0} "
           "-keyout {1}/{0}.key -out {1}/{0}.pem",
-          ca, *dir_));
+          ca, dir_->path()));
     }
     Issue("host-a", "ca", "DNS:host-a,IP:127.0.0.1", "-days 2");
     Issue("host-b", "ca", "DNS:host-b", "-days 2");
     Issue("stranger", "other", "DNS:host-b", "-days 2");
     Issue("expired", "ca", "DNS:host-a", "-days -1");
-    Run(fmt::format("openssl pkey -in {0}/host-a.key -aes128 -passout pass:x -out {0}/encrypted.key", *dir_));
-    std::ofstream(*dir_ + "/junk.pem") << "not PEM at all\n";
+    Run(fmt::format("openssl pkey -in {0}/host-a.key -aes128 -passout pass:x -out {0}/encrypted.key",
+                    dir_->path()));
+    std::ofstream(*dir_ / "junk.pem") << "not PEM at all\n";
   }
-  static void TearDownTestSuite() {
-    std::filesystem::remove_all(*dir_);
-    delete dir_;
-  }
+  static void TearDownTestSuite() { dir_.reset(); }
 
   static void Run(const std::string& command) {
     ASSERT_EQ(std::system((command + " >/dev/null 2>&1").c_str()), 0) << command;
   }
   static void Issue(const std::string& name, const std::string& ca, const std::string& san,
                     const std::string& days) {
-    std::ofstream(*dir_ + "/ext") << "subjectAltName=" << san << "\n";
+    std::ofstream(*dir_ / "ext") << "subjectAltName=" << san << "\n";
     Run(fmt::format(
         "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN={0} -keyout {1}/{0}.key "
         "-out {1}/{0}.csr",
-        name, *dir_));
+        name, dir_->path()));
     Run(fmt::format(
         "openssl x509 -req -in {1}/{0}.csr -CA {1}/{2}.pem -CAkey {1}/{2}.key -CAcreateserial -extfile "
         "{1}/ext {3} -out {1}/{0}.pem",
-        name, *dir_, ca, days));
+        name, dir_->path(), ca, days));
   }
-  static std::string File(const std::string& name) { return *dir_ + "/" + name; }
+  static std::string File(const std::string& name) { return *dir_ / name; }
   static absl::StatusOr<std::shared_ptr<const TlsContext>> Load(const std::string& name,
                                                                 const std::string& ca = "ca") {
     return TlsContext::Load(File(ca + ".pem"), File(name + ".pem"), File(name + ".key"));
@@ -83,9 +80,8 @@ class Certificates : public testing::Test {
     return ends;
   }
 
-  static std::string* dir_;
+  static inline std::unique_ptr<test::TempDir> dir_;
 };
-std::string* Certificates::dir_ = nullptr;
 
 TEST_F(Certificates, BytesTravelBothWaysAtOnce) {
   Ends ends = Connect("host-a", "host-b", "host-b");

@@ -10,7 +10,6 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
-#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <mutex>
@@ -21,6 +20,7 @@
 
 #include "agent/stream/tunnel.h"
 #include "common/unix_socket.h"
+#include "tests/temp_dir.h"
 #include "tests/unit/stream/stream_testing.h"
 
 namespace baton::stream {
@@ -89,27 +89,22 @@ enum class Carrier { kCopy, kSplice, kTls };
 class TunnelTest : public testing::TestWithParam<Carrier> {
  protected:
   static void SetUpTestSuite() {
-    char path[] = "/tmp/baton-tunnel-test-XXXXXX";
-    ASSERT_NE(::mkdtemp(path), nullptr);
-    dir_ = new std::string(path);
-    std::ofstream(*dir_ + "/ext") << "subjectAltName=IP:127.0.0.1\n";
+    dir_ = std::make_unique<test::TempDir>();
+    std::ofstream(*dir_ / "ext") << "subjectAltName=IP:127.0.0.1\n";
     const std::string key = " -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes ";
     const std::string make = fmt::format(
         "cd {} && openssl req -x509 {} -days 2 -subj /CN=ca -keyout ca.key -out ca.pem && openssl req {} "
         "-subj /CN=h "
         "-keyout h.key -out h.csr && openssl x509 -req -in h.csr -CA ca.pem -CAkey ca.key -CAcreateserial "
         "-extfile ext -days 2 -out h.pem",
-        *dir_, key, key);
+        dir_->path(), key, key);
     ASSERT_EQ(std::system(("(" + make + ") >/dev/null 2>&1").c_str()), 0);
   }
-  static void TearDownTestSuite() {
-    std::filesystem::remove_all(*dir_);
-    delete dir_;
-  }
+  static void TearDownTestSuite() { dir_.reset(); }
 
   void SetUp() override {
     if (GetParam() == Carrier::kTls) {
-      auto loaded = TlsContext::Load(*dir_ + "/ca.pem", *dir_ + "/h.pem", *dir_ + "/h.key");
+      auto loaded = TlsContext::Load(*dir_ / "ca.pem", *dir_ / "h.pem", *dir_ / "h.key");
       ASSERT_TRUE(loaded.ok()) << loaded.status();
       tls_ = *loaded;
     }
@@ -150,8 +145,8 @@ class TunnelTest : public testing::TestWithParam<Carrier> {
     options_.dial.address = fmt::format("127.0.0.1:{}", ntohs(address.sin_port));
   }
 
-  static std::string Entry(TunnelService service) { return *dir_ + "/in-" + NameOf(service); }
-  static std::string Service() { return *dir_ + "/service"; }
+  static std::string Entry(TunnelService service) { return *dir_ / "in-" + NameOf(service); }
+  static std::string Service() { return *dir_ / "service"; }
 
   // Both ends, joined by a thread that does what an agent does with a connection.
   void Start() {
@@ -212,7 +207,7 @@ class TunnelTest : public testing::TestWithParam<Carrier> {
     ADD_FAILURE() << "connections are still relayed";
   }
 
-  static inline std::string* dir_ = nullptr;
+  static inline std::unique_ptr<test::TempDir> dir_;
   std::shared_ptr<const TlsContext> tls_;
   UniqueFd port_;
   std::atomic<uint32_t> channel_{0};

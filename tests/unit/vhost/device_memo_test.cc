@@ -6,9 +6,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
+
+#include "tests/temp_dir.h"
 
 namespace baton::vhost {
 namespace {
@@ -17,12 +18,6 @@ namespace fs = std::filesystem;
 
 class DeviceMemoTest : public ::testing::Test {
  protected:
-  DeviceMemoTest() {
-    char dir[] = "/tmp/dm-XXXXXX";
-    dir_ = ::mkdtemp(dir);
-  }
-  ~DeviceMemoTest() override { fs::remove_all(dir_); }
-
   std::unique_ptr<DeviceMemo> Open(bool fresh = false) {
     auto memo = DeviceMemo::Open(dir_, "disk0", fresh);
     EXPECT_TRUE(memo.ok()) << memo.status();
@@ -33,7 +28,8 @@ class DeviceMemoTest : public ::testing::Test {
   }
 
   static constexpr InflightDescription kDescription{4160, 64, 1, 256, 0};
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
 };
 
 TEST_F(DeviceMemoTest, IsFoundAgainWithAllThatWasNoted) {

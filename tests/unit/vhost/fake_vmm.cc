@@ -5,7 +5,6 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
-#include <filesystem>
 
 namespace baton::vhost {
 BackendThread::BackendThread(const BackendOptions& options) : stop_(::eventfd(0, EFD_CLOEXEC)) {
@@ -193,8 +192,6 @@ bool FakeVmm::AwaitUsed(uint16_t index) {
 }
 
 MediatorFixture::MediatorFixture() {
-  char dir[] = "/tmp/bm-XXXXXX";
-  dir_ = ::mkdtemp(dir);
   UniqueFd image(::open((dir_ + "/image").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
   EXPECT_EQ(::ftruncate(image.get(), 1 << 20), 0);
 }
@@ -202,7 +199,6 @@ MediatorFixture::MediatorFixture() {
 MediatorFixture::~MediatorFixture() {
   mediator_.reset();
   backend_.reset();
-  std::filesystem::remove_all(dir_);
 }
 
 void MediatorFixture::StartBackend(BackendOptions options) {

@@ -17,6 +17,7 @@
 #include "agent/virtio/features.h"
 #include "tests/lab/device/blk_model.h"
 #include "tests/lab/device/lab_device.h"
+#include "tests/temp_dir.h"
 
 namespace baton::vhost {
 
@@ -122,7 +123,8 @@ class MediatorFixture : public ::testing::Test {
 
   std::mutex change_mutex_;
   std::condition_variable device_changed_;  // by the mediator, of a change
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   std::unique_ptr<BackendThread> backend_;
   std::unique_ptr<memory::GuestRam> ram_;
   std::unique_ptr<Mediator> mediator_;

@@ -7,12 +7,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <filesystem>
 
 #include "agent/vhost/backend_state.h"
 #include "agent/vhost/mediator.h"
 #include "agent/vhost/probe.h"
 #include "agent/virtio/net_protocol.h"
+#include "tests/temp_dir.h"
 #include "tests/unit/vhost/fake_vmm.h"
 #include "tests/unit/vhost/scripted_backend.h"
 
@@ -32,8 +32,6 @@ constexpr uint64_t kNicProtocol =
 class NicTest : public testing::Test {
  protected:
   NicTest() {
-    char dir[] = "/tmp/bn-XXXXXX";
-    dir_ = ::mkdtemp(dir);
     options_.socket = dir_ + "/backend.sock";
     options_.features = kNicFeatures;
     options_.protocol_features = kNicProtocol;
@@ -45,7 +43,6 @@ class NicTest : public testing::Test {
     vmm_.reset();
     mediator_.reset();
     backend_.reset();
-    std::filesystem::remove_all(dir_);
   }
   void Begin() {
     backend_ = std::make_unique<ScriptedBackend>(options_);
@@ -112,7 +109,8 @@ class NicTest : public testing::Test {
     backend_ = std::make_unique<ScriptedBackend>(options_);
   }
 
-  std::string dir_;
+  const test::TempDir temp_;
+  const std::string& dir_ = temp_.path();
   v1::BackendKind kind_ = v1::LAB;
   ScriptedBackendOptions options_;
   std::unique_ptr<ScriptedBackend> backend_;

@@ -6,9 +6,8 @@
 #include <poll.h>
 #include <sys/socket.h>
 
-#include <filesystem>
-
 #include "common/unix_socket.h"
+#include "tests/temp_dir.h"
 
 namespace baton::vmm {
 namespace {
@@ -22,15 +21,9 @@ constexpr char kGreeting[] =
 
 class QmpClientTest : public testing::Test {
  protected:
-  QmpClientTest() {
-    char name[] = "/tmp/baton-qmp-XXXXXX";
-    dir_ = ::mkdtemp(name);
-    path_ = dir_ + "/qmp.sock";
-    listener_ = *UnixListener::Listen(path_);
-  }
+  QmpClientTest() { listener_ = *UnixListener::Listen(path_); }
   ~QmpClientTest() override {
     if (peer_.joinable()) peer_.join();
-    std::filesystem::remove_all(dir_);
   }
   // Runs `talk` with the accepted connection in a thread.
   void Peer(std::function<void(int)> talk) {
@@ -66,7 +59,8 @@ class QmpClientTest : public testing::Test {
   }
   static Deadline Soon() { return Deadline::After(seconds(5)); }
 
-  std::string dir_, path_;
+  const test::TempDir dir_;
+  const std::string path_ = dir_ / "qmp.sock";
   UnixListener listener_;
   std::thread peer_;
 };
