@@ -236,6 +236,7 @@ absl::Status DomainOutgoing::BeginCall(bool recover) {
   absl::Status there = AwaitConnection(*caller_, Deadline::After(recover ? kCallTimeout : kConnectTimeout));
   if (!there.ok()) return absl::IsUnavailable(there) ? WithReason(there, v1::SOURCE_VMM_FAILED) : there;
   call_active_ = true;
+  call_began_ = Clock::now();
   LOG_INFO("migration {}: {} to {} by libvirt", id(), recover ? "post-copy is recovered" : "the domain moves",
            command_.peer_address());
   absl::Status begun = vmm::DomainMover(*caller_, uuid_).Start(call, [mail = mail_](absl::Status status) {

@@ -117,8 +117,6 @@ class DomainOutgoing {
   // Does what the settlement says; true once the migration has ended.
   bool Act(const vmm::SettlementInput& seen, const vmm::Settlement& settlement);
   void Yielded();
-  void Recover(const std::string& why);
-  void NotRecovered(const absl::Status& why);
   // We suspended the source's copy, and wrote that down before.
   bool SuspendedHere() const;
   bool EndHere(bool running, const std::string& why);
@@ -130,6 +128,13 @@ class DomainOutgoing {
   void UndefineLeftover();
   Wish Cause() const;
   void AddDowntime();
+
+  // --- domain_recover.cc ---
+  std::string AskSourceQemu();
+  void LookAtBreak(vmm::SettlementInput* in);
+  void Recover(const std::string& why);
+  void RecoveryEnded(const absl::Status& status);
+  void NotRecovered(const absl::Status& why);
 
   DomainOutgoingParts p_;
   const v1::StartOutgoingCommand command_;
@@ -166,6 +171,10 @@ class DomainOutgoing {
   bool postcopy_asked_ = false;
   bool destination_ran_ = false;
   bool recovering_ = false;  // the call under way is to recover post-copy
+  Clock::time_point call_began_{};
+  // Since when the source says that post-copy lost its connection, and the destination does not.
+  std::optional<Clock::time_point> unnoticed_since_;
+  int not_recovered_ = 0;  // attempts since post-copy was seen connected
   Clock::time_point recover_again_{};
   Duration recover_pause_{};
   absl::Status call_status_;

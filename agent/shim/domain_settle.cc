@@ -28,10 +28,7 @@ constexpr Duration kSettleAct = seconds(30);
 // Between looks, where an event should come but may be lost with a connection.
 constexpr Duration kSettleWait = milliseconds(20);
 constexpr Duration kSettleWaitMax = seconds(5);
-// Between attempts to recover post-copy, doubling: each is an entry of the record, and a host that is gone
-// stays away for long.
-constexpr Duration kRecoverPause = milliseconds(500);
-constexpr Duration kRecoverPauseMax = seconds(20);
+constexpr Duration kUnnoticedWait = milliseconds(500);
 
 std::string LimitFile(ConfigStore& config) { return config.Get().state_dir() + "/downtime-before"; }
 
@@ -84,7 +81,8 @@ void DomainOutgoing::Settle() {
       said_ = settlement.why;
       LOG_INFO("migration {}: {}: {}", id(), vmm::NameOf(settlement.action), settlement.why);
       // Recover() writes down what it does by itself.
-      if (seen.source.condition == vmm::DomainCondition::kPausedPostcopyFailed && !call_active_ &&
+      if (seen.source.condition == vmm::DomainCondition::kPausedPostcopyFailed &&
+          (!call_active_ || seen.recovery_lasts) &&
           settlement.action != vmm::SettlementAction::kRecoverPostcopy)
         Decided(vmm::NameOf(settlement.action), settlement.why);
     }
@@ -97,12 +95,14 @@ void DomainOutgoing::Settle() {
       call_status_ = *mail.call;
       LOG_INFO("migration {}: libvirt's call has ended: {}", id(),
                call_status_.ok() ? "done" : Message(call_status_));
-      if (std::exchange(recovering_, false) && !call_status_.ok()) NotRecovered(call_status_);
+      if (std::exchange(recovering_, false)) RecoveryEnded(call_status_);
     }
     // A migration that goes on in libvirt under a new shim can still be steered.
     if (seen.source.job) ApplyWishes();
     const bool news = mail.call || !mail.events.empty();
     pause = news ? kSettleWait : std::min<Duration>(2 * pause, kSettleWaitMax);
+    // What has to last for a while is seen when it has.
+    if (unnoticed_since_) pause = std::min<Duration>(pause, kUnnoticedWait);
   }
 }
 
@@ -117,6 +117,7 @@ vmm::SettlementInput DomainOutgoing::Look() {
     verdict = verdict_;
     in.fenced = fenced_;
   }
+  if (in.source.condition == vmm::DomainCondition::kPausedPostcopyFailed) in.source_qemu = AskSourceQemu();
   // A destination whose tunnel could not be opened, or was cut to end the call.
   if (!entrance_ && verdict == v1::HANDOVER_STATE_UNSPECIFIED && !call_active_) {
     if (absl::Status opened = OpenTunnel(); !opened.ok())
@@ -162,8 +163,12 @@ vmm::SettlementInput DomainOutgoing::Look() {
     }
   }
   if (in.destination.condition == Condition::kUnreachable) {
-    // Its agent's word, which its own libvirt and journal stand behind.
-    if (verdict == v1::OWNER) in.destination.condition = Condition::kRunning;
+    // Its agent's word, which its own libvirt and journal stand behind. In post-copy it has the guest before
+    // it has all of it.
+    const bool parted = in.source.condition == Condition::kPausedPostcopy ||
+                        (in.source.condition == Condition::kPausedPostcopyFailed &&
+                         vmm::SourceStreamOf(in.source_qemu) != vmm::SourceStream::kSent);
+    if (verdict == v1::OWNER && !parted) in.destination.condition = Condition::kRunning;
     if (verdict == v1::REFUSED) in.destination.condition = Condition::kAbsent;
   }
   if (in.destination.condition == Condition::kRunning ||
@@ -171,6 +176,7 @@ vmm::SettlementInput DomainOutgoing::Look() {
     destination_ran_ = true;
   in.destination_ran = destination_ran_;
   in.call_active = call_active_;
+  LookAtBreak(&in);
   in.was_paused = was_paused_;
   // A destination that has refused watched its own libvirt.
   in.destination_watched = watched || verdict == v1::REFUSED;
@@ -253,28 +259,6 @@ bool DomainOutgoing::Act(const vmm::SettlementInput& seen, const vmm::Settlement
       return false;
   }
   return false;
-}
-
-// Both ends hold a part of the guest and wait: libvirt is asked to connect them again, until that holds.
-void DomainOutgoing::Recover(const std::string& why) {
-  if (Clock::now() < recover_again_) return;
-  recover_pause_ =
-      recover_pause_ == Duration(0) ? kRecoverPause : std::min(2 * recover_pause_, kRecoverPauseMax);
-  recover_again_ = Clock::now() + recover_pause_;
-  Decided("recover", why);
-  absl::Status begun = entrance_ ? absl::OkStatus() : OpenTunnel();
-  if (begun.ok()) begun = BeginCall(/*recover=*/true);
-  recovering_ = begun.ok();
-  if (!begun.ok()) NotRecovered(begun);
-}
-
-void DomainOutgoing::NotRecovered(const absl::Status& why) {
-  LOG_WARN("migration {}: post-copy is not recovered: {}", id(), Message(why));
-  Decided(
-      "not recovered",
-      fmt::format("{}; the guest is at the destination, and the memory that it still misses at the source: "
-                  "neither domain may be ended. Both wait, and it is tried again by itself",
-                  Message(why)));
 }
 
 absl::Status DomainOutgoing::OnDomain(vmm::LibvirtConnection& connection, const std::string& what,

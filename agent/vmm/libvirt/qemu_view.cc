@@ -16,6 +16,7 @@ using nlohmann::json;
 
 constexpr size_t kMaxDevices = 4096;
 constexpr size_t kMaxReasons = 64;
+constexpr size_t kMaxStatus = 64;
 // The first that loses nothing of what a guest under TCG writes while it is copied.
 constexpr int kRemembers = 9;
 
@@ -92,6 +93,20 @@ absl::StatusOr<std::vector<std::string>> ReadBlockers(const std::string& text) {
     if (reason.is_string() && out.size() < kMaxReasons) out.push_back(reason.get<std::string>());
   }
   return out;
+}
+
+absl::StatusOr<std::string> ReadMigrationStatus(const std::string& text) {
+  ASSIGN_OR_RETURN(json answer, Parse(text, "query-migrate", json::value_t::object));
+  auto status = answer.find("status");
+  if (status == answer.end()) return std::string();
+  if (!status->is_string() || status->get_ref<const std::string&>().size() > kMaxStatus)
+    return absl::InvalidArgumentError("QEMU's answer to query-migrate has a status that is none");
+  return status->get<std::string>();
+}
+
+absl::StatusOr<std::string> AskMigrationStatus(virDomainPtr domain) {
+  ASSIGN_OR_RETURN(const std::string migrate, AskMonitor(domain, Command("query-migrate")));
+  return ReadMigrationStatus(migrate);
 }
 
 absl::StatusOr<std::map<std::string, std::string>> ReadVirtioPaths(const std::string& text) {

@@ -39,6 +39,9 @@ absl::StatusOr<std::string> AskMonitor(virDomainPtr domain, const std::string& c
 // every question, so each takes a while.
 absl::StatusOr<QemuView> AskQemuForMigration(virDomainPtr domain);
 
+// The state of its own migration as QEMU calls it ("postcopy-active"); empty where there was none.
+absl::StatusOr<std::string> AskMigrationStatus(virDomainPtr domain);
+
 // Whether a domain's QEMU may lose some of what its guest writes while it is copied: one without KVM (`type`
 // of the domain's XML is "qemu") before QEMU 9.0. `version`: what it answered to query-version; without a
 // usable answer it is taken for one of those, which costs rounds and no memory. Pure.
@@ -54,6 +57,7 @@ absl::StatusOr<QemuView> AskQemu(virDomainPtr domain);
 // --- pure: readers of the answers; InvalidArgument when they are not what QMP documents ---
 absl::StatusOr<std::string> ReadQemuVersion(const std::string& json);
 absl::StatusOr<std::vector<std::string>> ReadBlockers(const std::string& json);
+absl::StatusOr<std::string> ReadMigrationStatus(const std::string& json);
 // Of x-query-virtio: QOM path of each device's back half → the id that the path holds
 // ("/machine/peripheral/ID/…").
 absl::StatusOr<std::map<std::string, std::string>> ReadVirtioPaths(const std::string& json);

@@ -128,8 +128,41 @@ Settlement DestinationRuns(SourceCopy s) {
   return {};
 }
 
+// libvirt says at the source that post-copy lost its connection. `failed`: at the destination too.
+//
+// libvirt's daemon at the destination may say `post-copy` for good although its QEMU waits for another
+// connection: it calls a recovery failed whose connection its QEMU has yet to tell of (a state of QEMU's that
+// libvirt 9.0 does not know makes that likely), hears that QEMU goes on, and nobody in it watches for the
+// next break (qemuProcessHandleMigrationStatus, libvirt 9.0 to 11.3). Asked to recover it looks at its QEMU
+// itself, and refuses unless that waits; so the one whose QEMU was seen to wait at the source, where the
+// destination has had the time to notice, asks.
+Settlement BrokenPostcopy(const SettlementInput& in, bool failed) {
+  switch (SourceStreamOf(in.source_qemu)) {
+    case SourceStream::kConnected:
+      return Make(Action::kWait, v1::DESTINATION,
+                  "post-copy goes on: the source's QEMU is connected, and only libvirt has not noticed");
+    case SourceStream::kConnecting:
+      return Make(Action::kWait, v1::DESTINATION, "post-copy is being connected again, by the source's QEMU");
+    case SourceStream::kSent:
+      return Make(Action::kWait, v1::DESTINATION,
+                  "the source's QEMU has sent everything; libvirt has not noticed yet");
+    case SourceStream::kBroken:
+    case SourceStream::kUnknown:
+      break;
+  }
+  if (failed)
+    return Make(Action::kRecoverPostcopy, v1::DESTINATION,
+                "post-copy lost its connection; both ends wait for another one");
+  if (in.unnoticed)
+    return Make(Action::kRecoverPostcopy, v1::DESTINATION,
+                "post-copy lost its connection at the source, and the destination's libvirt does not say so: "
+                "it is asked to look");
+  return Make(Action::kWait, v1::DESTINATION,
+              "post-copy lost its connection at the source; the destination has not noticed yet");
+}
+
 // It runs, or would, and some of its memory is at the source only.
-Settlement DestinationInPostcopy(SourceCopy s, bool failed) {
+Settlement DestinationInPostcopy(SourceCopy s, const SettlementInput& in, bool failed) {
   switch (s) {
     case SourceCopy::kUnseen:
       return Make(Action::kAskAgain, v1::UNKNOWN,
@@ -138,12 +171,7 @@ Settlement DestinationInPostcopy(SourceCopy s, bool failed) {
       return Make(Action::kPauseSource, v1::UNKNOWN,
                   "the source runs although the destination took over in post-copy");
     case SourceCopy::kPostcopyFailed:
-      if (failed)
-        return Make(Action::kRecoverPostcopy, v1::DESTINATION,
-                    "post-copy lost its connection; both ends wait for another one");
-      return Make(Action::kWait, v1::DESTINATION,
-                  "post-copy lost its connection at the source; the destination has not noticed yet: if it "
-                  "stays so, its QEMU does not answer");
+      return BrokenPostcopy(in, failed);
     case SourceCopy::kPostcopy:
     case SourceCopy::kStopped:
       return Make(Action::kWait, v1::DESTINATION,
@@ -335,6 +363,17 @@ Settlement Decide(const SettlementInput& in) {
                       (s == SourceCopy::kPostcopyFailed || d == DestinationCopy::kPostcopyFailed) &&
                       (s == SourceCopy::kPostcopyFailed || s == SourceCopy::kPostcopy) &&
                       (d == DestinationCopy::kPostcopyFailed || d == DestinationCopy::kPostcopy);
+  const bool hangs = in.call_active && in.recovery_lasts && s == SourceCopy::kPostcopyFailed &&
+                     (d == DestinationCopy::kPostcopyFailed || d == DestinationCopy::kPostcopy) &&
+                     SourceStreamOf(in.source_qemu) == SourceStream::kBroken;
+  if (hangs)
+    return Make(
+        Action::kWait, v1::DESTINATION,
+        "post-copy lost its connection, and libvirt's call that is to recover it has not got there for "
+        "a while: the destination's libvirt waits for its QEMU, or hangs");
+  if (!in.call_active && s == SourceCopy::kPostcopyFailed && d == DestinationCopy::kUnseen)
+    return Make(Action::kAskAgain, v1::UNKNOWN,
+                "post-copy lost its connection at the source, and the destination does not answer");
   if (busy && !both_run && !broken) return Make(Action::kWait, Meanwhile(s, d), "libvirt is at work");
   switch (d) {
     case DestinationCopy::kUnseen:
@@ -345,9 +384,9 @@ Settlement Decide(const SettlementInput& in) {
     case DestinationCopy::kRuns:
       return DestinationRuns(s);
     case DestinationCopy::kPostcopy:
-      return DestinationInPostcopy(s, false);
+      return DestinationInPostcopy(s, in, false);
     case DestinationCopy::kPostcopyFailed:
-      return DestinationInPostcopy(s, true);
+      return DestinationInPostcopy(s, in, true);
     case DestinationCopy::kHolds:
       return DestinationHolds(s, in.destination_ran, in.destination_ran || !in.was_paused);
     case DestinationCopy::kIncoming:
@@ -418,6 +457,13 @@ const char* NameOf(SettlementAction action) {
   return "unknown";
 }
 
+SourceStream SourceStreamOf(const std::string& status) {
+  if (status == "postcopy-paused") return SourceStream::kBroken;
+  if (status == "postcopy-recover" || status == "postcopy-recover-setup") return SourceStream::kConnecting;
+  if (status == "postcopy-active" || status == "postcopy-device") return SourceStream::kConnected;
+  return status == "completed" ? SourceStream::kSent : SourceStream::kUnknown;
+}
+
 DomainCondition ConditionOf(int state, int reason, MigrationRole role) {
   switch (state) {
     case VIR_DOMAIN_RUNNING:
@@ -462,8 +508,9 @@ DomainCondition ConditionOf(int state, int reason, MigrationRole role) {
 Settlement Settle(const SettlementInput& input) {
   Settlement out = Decide(input);
   out.why += fmt::format(
-      " (source: {}{}; destination: {}{}{})", NameOf(input.source.condition),
-      input.source.job ? ", with a job" : "", NameOf(input.destination.condition),
+      " (source: {}{}{}; destination: {}{}{})", NameOf(input.source.condition),
+      input.source.job ? ", with a job" : "",
+      input.source_qemu.empty() ? "" : ", its QEMU " + input.source_qemu, NameOf(input.destination.condition),
       input.destination.job ? ", with a job" : "",
       input.fenced && input.destination.condition == Condition::kUnreachable ? ", confirmed not to run" : "");
   return out;

@@ -49,6 +49,18 @@ inline constexpr int kDomainConditions = static_cast<int>(DomainCondition::kCras
 // From virDomainGetState. Which side it is decides how "paused by migration" is meant.
 DomainCondition ConditionOf(int state, int reason, MigrationRole role);
 
+// What the source's QEMU says of its own migration, which libvirt may not have heard of: libvirt 9.0 does not
+// know every state of a QEMU that is newer, and calls a recovery failed that goes on.
+enum class SourceStream {
+  kUnknown,     // it was not asked or did not answer, or says something else
+  kBroken,      // it waits for another connection
+  kConnecting,  // it is being connected again
+  kConnected,   // it sends
+  kSent,        // it has sent everything
+};
+// By QEMU's word for it (query-migrate's status).
+SourceStream SourceStreamOf(const std::string& status);
+
 // What is known of one side.
 struct SideView {
   DomainCondition condition = DomainCondition::kUnreachable;
@@ -80,6 +92,13 @@ struct SettlementInput {
   // The source's copy was suspended because of an earlier kPauseSource (to be recorded durably before it is
   // done), so that "paused by a user" means us.
   bool source_suspended = false;
+  // query-migrate's status at the source, asked where libvirt says that post-copy lost its connection there;
+  // empty if QEMU did not answer.
+  std::string source_qemu;
+  // The source has said for a while that post-copy lost its connection, and the destination has not.
+  bool unnoticed = false;
+  // The call under way is to recover post-copy, and has taken a while.
+  bool recovery_lasts = false;
   // An operator or a fencing hook has confirmed that the destination's copy does not run and never will.
   // Taken in the place of a look at a destination that does not answer; one that answers is believed instead.
   bool fenced = false;

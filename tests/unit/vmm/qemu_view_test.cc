@@ -56,6 +56,15 @@ TEST(QemuView, BlockedReasons_AreTaken) {
   EXPECT_THAT(*two, ElementsAre("VFIO device doesn't support migration", "x"));
 }
 
+TEST(QemuView, StateOfTheMigration) {
+  auto status = [](const char* answer) { return ReadMigrationStatus(answer); };
+  EXPECT_EQ(status("{}").value(), "") << "there was none";
+  EXPECT_EQ(status(R"({"status": "postcopy-paused", "ram": {"total": 1}})").value(), "postcopy-paused");
+  EXPECT_FALSE(status(R"({"status": 7})").ok());
+  EXPECT_FALSE(status("[]").ok());
+  EXPECT_FALSE(status(("{\"status\": \"" + std::string(65, 'x') + "\"}").c_str()).ok());
+}
+
 TEST(QemuView, VirtioPaths_GiveTheDeviceId) {
   auto paths = ReadVirtioPaths(
       R"([{"name": "virtio-blk", "path": "/machine/peripheral/virtio-disk0/virtio-backend"},

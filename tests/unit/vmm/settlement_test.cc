@@ -28,11 +28,16 @@ bool IsCopy(Condition c) {
 std::string Show(const SettlementInput& in) {
   return fmt::format(
       "source {}{}, destination {}{}, call {}, ran {}, handed over {}, was paused {}, watched {}, "
-      "suspended {}, fenced {}",
+      "suspended {}, fenced {}, QEMU {}, unnoticed {}, recovery lasts {}",
       NameOf(in.source.condition), in.source.job ? " (job)" : "", NameOf(in.destination.condition),
       in.destination.job ? " (job)" : "", in.call_active, in.destination_ran, in.handed_over, in.was_paused,
-      in.destination_watched, in.source_suspended, in.fenced);
+      in.destination_watched, in.source_suspended, in.fenced, in.source_qemu, in.unnoticed,
+      in.recovery_lasts);
 }
+
+// One of each kind, and none.
+const char* const kSourceQemu[] = {"",          "postcopy-paused", "postcopy-recover", "postcopy-active",
+                                   "completed", "something new"};
 
 void ForAll(const std::function<void(const SettlementInput&)>& check) {
   for (int s = 0; s < kDomainConditions; ++s) {
@@ -50,6 +55,16 @@ void ForAll(const std::function<void(const SettlementInput&)>& check) {
         in.fenced = bits & 256;
         check(in);
         if (testing::Test::HasFailure()) return;
+        if (in.source.condition != Condition::kPausedPostcopyFailed) continue;
+        for (const char* qemu : kSourceQemu) {
+          for (int more = 0; more < 4; ++more) {
+            in.source_qemu = qemu;
+            in.unnoticed = more & 1;
+            in.recovery_lasts = more & 2;
+            check(in);
+            if (testing::Test::HasFailure()) return;
+          }
+        }
       }
     }
   }
@@ -344,14 +359,74 @@ TEST(Settle, StatesThatLibvirtLeavesBehind) {
   }
 }
 
-TEST(Settle, ABrokenPostCopyThatCannotBeRecoveredYet_SaysWhichEndHasNotNoticed) {
+TEST(Settle, PostCopyIsRecoveredWhereItIsBroken) {
+  int recovered = 0, looked = 0;
+  ForAll([&](const SettlementInput& in) {
+    const Settlement out = Settle(in);
+    if (out.action != Action::kRecoverPostcopy) return;
+    ++recovered;
+    EXPECT_FALSE(in.call_active) << Show(in);
+    EXPECT_EQ(in.source.condition, Condition::kPausedPostcopyFailed) << Show(in);
+    EXPECT_EQ(out.location, v1::DESTINATION) << Show(in);
+    EXPECT_THAT(in.source_qemu, testing::AnyOf("", "postcopy-paused", "something new"))
+        << "what goes on is left alone: " << Show(in);
+    const Condition d = in.destination.condition;
+    if (d == Condition::kRunningPostcopyFailed || d == Condition::kPausedPostcopyFailed) return;
+    ++looked;
+    EXPECT_TRUE(d == Condition::kRunningPostcopy || d == Condition::kPausedPostcopy) << Show(in);
+    EXPECT_TRUE(in.unnoticed) << "it has the time to notice: " << Show(in);
+  });
+  EXPECT_GT(recovered, looked);
+  EXPECT_GT(looked, 0);
+}
+
+TEST(Settle, ABrokenPostCopyThatIsNotRecoveredYet_SaysWhatWasSeen) {
   SettlementInput in;
   in.source = {Condition::kPausedPostcopyFailed, true};
   in.destination = {Condition::kRunningPostcopy, true};
-  EXPECT_THAT(Settle(in).why, testing::HasSubstr("the destination has not noticed yet"));
+  const auto why = [&in] { return Settle(in).why; };
+  for (const char* qemu : {"", "postcopy-paused"}) {
+    in.source_qemu = qemu;
+    EXPECT_THAT(why(), testing::HasSubstr("the destination has not noticed yet"));
+  }
+  EXPECT_THAT(why(), testing::HasSubstr("with a job, its QEMU postcopy-paused; destination"));
+  for (Condition destination : {Condition::kRunningPostcopy, Condition::kRunningPostcopyFailed}) {
+    in.destination.condition = destination;
+    in.source_qemu = "postcopy-active";
+    EXPECT_THAT(why(), testing::HasSubstr("post-copy goes on"));
+    in.source_qemu = "postcopy-recover-setup";
+    EXPECT_THAT(why(), testing::HasSubstr("is being connected again"));
+    in.source_qemu = "completed";
+    EXPECT_THAT(why(), testing::HasSubstr("has sent everything"));
+  }
+  in.source_qemu = "postcopy-paused";
+  in.destination = {Condition::kUnreachable, false};
+  EXPECT_EQ(Settle(in).action, Action::kAskAgain);
+  EXPECT_THAT(why(), testing::HasSubstr("the destination does not answer"));
   in.source.condition = Condition::kPausedPostcopy;
-  in.destination.condition = Condition::kRunningPostcopyFailed;
-  EXPECT_THAT(Settle(in).why, testing::HasSubstr("the source has not noticed yet"));
+  in.source_qemu.clear();
+  in.destination = {Condition::kRunningPostcopyFailed, true};
+  EXPECT_THAT(why(), testing::HasSubstr("the source has not noticed yet"));
+}
+
+TEST(Settle, ARecoveryThatGetsNoFurther_SaysSo) {
+  SettlementInput in;
+  in.source = {Condition::kPausedPostcopyFailed, true};
+  in.call_active = true;
+  for (Condition destination : {Condition::kRunningPostcopy, Condition::kRunningPostcopyFailed}) {
+    in.destination = {destination, true};
+    in.source_qemu = "postcopy-paused";
+    in.recovery_lasts = false;
+    EXPECT_THAT(Settle(in).why, testing::HasSubstr("libvirt is at work"));
+    in.recovery_lasts = true;
+    const Settlement hangs = Settle(in);
+    EXPECT_EQ(hangs.action, Action::kWait);
+    EXPECT_EQ(hangs.location, v1::DESTINATION);
+    EXPECT_THAT(hangs.why, testing::HasSubstr("has not got there"));
+    // It did, and lasts as long as there is something to send.
+    in.source_qemu = "postcopy-active";
+    EXPECT_THAT(Settle(in).why, testing::HasSubstr("libvirt is at work"));
+  }
 }
 
 TEST(ConditionOf, ReadsLibvirtsStates) {
