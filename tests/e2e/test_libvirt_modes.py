@@ -112,8 +112,8 @@ class Recovery(PostCopy):
 
 
 class MoreRecovery(Recovery):
-    """The same where a shim that carried the connections is killed, and with two breaks; the latter is not part of the suite:
-    see docs/libvirt.md."""
+    """The same where a shim that carried the connections is killed, and with two breaks. libvirt 9.0 may call the recovery
+    between them failed, and not notice the second one at the destination (docs/libvirt.md)."""
 
     # The disk has pauses: QEMU 10.0 may lose the end of requests that a disk with an <iothread> has in flight when the guest
     # is stopped, until its next request (docs/libvirt.md).
