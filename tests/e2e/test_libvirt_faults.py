@@ -23,8 +23,10 @@ MATRIX = {
     "destination_shim": {"prepared": EITHER, "precopy": STAYED, "switchover": EITHER, "finish": EITHER, "confirm": MOVED},
     "source_qemu": {"prepared": LOST, "precopy": LOST, "switchover": MOVED | LOST, "finish": MOVED | LOST,
                     "confirm": MOVED},
+    # Before libvirt is asked there is none.
     "destination_qemu": {"precopy": STAYED, "switchover": STAYED, "finish": STAYED, "confirm": LOST},
-    "virtlogd": {"precopy": MOVED, "finish": MOVED},
+    # Of both sides at once: neither knows of the other.
+    "virtlogd": {"prepared": EITHER, "precopy": MOVED, "switchover": MOVED, "finish": MOVED, "confirm": MOVED},
 }
 
 # Seconds until the end is known, where a destination that was not watched for a moment must not leave the guest standing
@@ -40,6 +42,8 @@ OFTEN = {
     "source_libvirtd": ("prepared", "precopy", "switchover", "finish", "confirm"),
     "destination_libvirtd": ("prepared", "precopy", "switchover", "finish", "confirm"),
     "source_shim": ("precopy", "finish", "confirm"),
+    # At "finish" the source's question for the verdict comes before the new shim has read its keys: for 3 s neither understands
+    # the other. For so long the shim does not hear that its report was taken, its agent does not say so again, and it stays.
     "destination_shim": ("prepared", "precopy"),
     "destination_qemu": ("precopy", "finish"),
     "virtlogd": ("precopy",),
