@@ -6,6 +6,7 @@ import sys
 import unittest
 
 from batonlab.cluster import summary
+from batonlab.faults import FaultSteps
 from batonlab.lab import wait_until
 from batonlab.libvirt import APART
 from batonlab.libvirt_case import SLOW, VM, LibvirtTest
@@ -131,9 +132,10 @@ class Recovery(PostCopy):
         self.assertGreaterEqual(self.finish(name), 1)
 
 
-class MoreRecovery(Recovery):
+class MoreRecovery(FaultSteps, Recovery):
     """The same where a shim that carried the connections is killed, and with two breaks. libvirt 9.0 may call the recovery
-    between them failed, and not notice the second one at the destination (docs/libvirt.md)."""
+    between them failed, and not notice the second one at the destination (docs/libvirt.md). And where what carries no memory is
+    killed in post-copy."""
 
     # Pre-copy never ends, and Baton leaves it as it is: the moment is this test's.
     OPTIONS = ("--post-copy", "--on-stall", "postcopy", "--max-stalled-rounds", "1000", "--bandwidth", "16MiB",
@@ -227,6 +229,18 @@ class MoreRecovery(Recovery):
         self.assertEqual(len(found), 1, found)
         found[0].end()
 
+    def check_goes_on(self, *kills):
+        """What carries no memory is killed and started again, and post-copy goes on."""
+        self.have_guest()
+        name = self.begin_postcopy()
+        for kill in kills:
+            kill()
+        self.cluster.wait_hosts()
+        self.assertEqual(self.cluster.hosts[self.destination].state(VM), "running (post-copy)", self.describe(name))
+        self.cluster.ctl("retune", name.split("/")[1], "--bandwidth", "unlimited")
+        self.finish(name)
+        self.move(self.source)
+
     def test_the_connections_are_cut_twice(self):
         self.check(self.cut_within_limit, times=2)
 
@@ -235,6 +249,16 @@ class MoreRecovery(Recovery):
 
     def test_the_shim_of_the_destination_is_killed(self):
         self.check(lambda name: self.kill_shim(self.destination))
+
+    def test_batond_both_agents_both_virtlogd_and_the_libvirtd_of_the_source_are_killed(self):
+        def restart_virtlogd():
+            for host in self.cluster.hosts.values():
+                host.restart("virtlogd")
+        self.check_goes_on(self.fault_batond, self.fault_source_agent, self.fault_destination_agent, restart_virtlogd,
+                           lambda: self.cluster.hosts[self.source].restart())
+
+    def test_the_libvirtd_of_the_destination_is_killed(self):
+        self.check_goes_on(lambda: self.cluster.hosts[self.destination].restart())
 
 
 class Parameters(ModesTest):
