@@ -137,18 +137,20 @@ v1::Verdict DomainIncoming::Seen() const {
 }
 
 void DomainIncoming::AnswerQuery(UniqueFd socket) {
-  std::shared_ptr<const stream::TlsContext> tls;
   {
     std::lock_guard lock(mutex_);
     // A source asks once at a time; whoever asks more often waits for nothing.
     if (answering_ >= kMaxQueries) return;
     ++answering_;
-    tls = tls_;
   }
   auto shared = std::make_shared<UniqueFd>(std::move(socket));
-  std::thread([this, shared, tls] {
+  std::thread([this, shared] {
     auto answer = [&]() -> absl::Status {
       const Deadline deadline = Deadline::After(kAnswerTimeout);
+      // Not the one of the connections: a question may come before Prepare() has it, or where it is never
+      // needed, and in the clear both ends would wait for each other.
+      const v1::ShimConfig config = p_.config.Get();
+      ASSIGN_OR_RETURN(auto tls, LoadPeerTls(config, config.params().tls()));
       ASSIGN_OR_RETURN(auto channel, stream::AcceptChannel(std::move(*shared), tls, "", deadline));
       stream::MessageChannel messages(std::move(channel));
       ASSIGN_OR_RETURN(v1::PeerMessage query, messages.Receive(deadline));

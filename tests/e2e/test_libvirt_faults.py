@@ -42,8 +42,6 @@ OFTEN = {
     "source_libvirtd": ("prepared", "precopy", "switchover", "finish", "confirm"),
     "destination_libvirtd": ("prepared", "precopy", "switchover", "finish", "confirm"),
     "source_shim": ("precopy", "finish", "confirm"),
-    # At "finish" the source's question for the verdict comes before the new shim has read its keys: for 3 s neither understands
-    # the other. For so long the shim does not hear that its report was taken, its agent does not say so again, and it stays.
     "destination_shim": ("prepared", "precopy"),
     "destination_qemu": ("precopy", "finish"),
     "virtlogd": ("precopy",),
