@@ -14,6 +14,9 @@ namespace {
 using std::chrono::seconds;
 
 constexpr Duration kDomainAck = seconds(2);
+// Until a final report is acknowledged again; the pauses double up to the latter.
+constexpr Duration kAckPause = std::chrono::milliseconds(250);
+constexpr Duration kMaxAckPause = seconds(30);
 constexpr Duration kShimRetires = seconds(10);
 constexpr Duration kShimStarts = seconds(20);
 constexpr int kMaxRestartDelay = 30;
@@ -56,6 +59,10 @@ absl::Status DomainManager::FindAgain(Deadline deadline) {
       absl::Status connected = entry->Connect(CallbacksFor(entry), deadline);
       if (connected.ok()) {
         LOG_INFO("shim of domain {} found again (pid {})", uuid, shims.front().pid);
+        // The agent before this one may have ended when its shim had taken the acknowledgement, which was all
+        // that was left to do.
+        if (!conf->domain_host().resident())
+          parts_.tasks.Post([this, entry] { Retire(entry, "its migration ended before this agent came"); });
         continue;
       }
       LOG_WARN("shim of domain {} does not answer: {}", uuid, Message(connected));
@@ -234,10 +241,6 @@ void DomainManager::OnReport(const EntryPtr& entry, const v1::SideReport& report
   entry->set_finished(report.migration_id());
   // Not from here: this is the client's own thread.
   parts_.tasks.Post([this, entry, report] {
-    v1::ShimRequest request;
-    request.mutable_report_ack()->set_migration_id(report.migration_id());
-    request.mutable_report_ack()->set_role(report.role());
-    request.mutable_report_ack()->set_sequence(report.sequence());
     if (report.role() == v1::ROLE_DESTINATION) {
       v1::EndedIncoming ended;
       const v1::ShimConfig conf = entry->conf();
@@ -255,14 +258,39 @@ void DomainManager::OnReport(const EntryPtr& entry, const v1::SideReport& report
         store_.DropImages(entry->name());
       }
     }
-    auto acknowledged = entry->Call(request, Deadline::After(kDomainAck));
-    if (!acknowledged.ok()) LOG_DEBUG("report not acknowledged: {}", Message(acknowledged.status()));
-    if (auto conf = store_.Read(entry->name()); conf.ok()) entry->set_conf(*conf);
-    // One whose domain did not come has nothing to serve either.
-    const bool refused = report.role() == v1::ROLE_DESTINATION && report.handover() == v1::REFUSED;
-    if (!entry->conf().domain_host().resident() || report.handover() == v1::RELEASED || refused)
-      Retire(entry, report.handover() == v1::RELEASED ? "moved to another host" : "its migration has ended");
+    Acknowledge(entry, report, 0);
   });
+}
+
+void DomainManager::Acknowledge(const EntryPtr& entry, const v1::SideReport& report, int attempt) {
+  if (entry->removed()) return;
+  v1::ShimRequest request;
+  request.mutable_report_ack()->set_migration_id(report.migration_id());
+  request.mutable_report_ack()->set_role(report.role());
+  request.mutable_report_ack()->set_sequence(report.sequence());
+  absl::Status told = entry->Call(request, Deadline::After(kDomainAck)).status();
+  {
+    std::lock_guard operation(entry->operation());
+    if (entry->removed()) return;
+    auto conf = store_.Read(entry->name());
+    if (conf.ok()) entry->set_conf(*conf);
+    // The answer may be lost, and one that was started anew first has to see the end again: only what a later
+    // shim would read says that it was taken.
+    const std::string named = !conf.ok()                         ? (told.ok() ? "" : report.migration_id())
+                              : report.role() == v1::ROLE_SOURCE ? conf->outgoing().migration_id()
+                                                                 : conf->migration_id();
+    if (named == report.migration_id()) {
+      LOG_DEBUG("migration {}: the shim of domain {} has not taken the end yet: {}", report.migration_id(),
+                entry->name(), Message(told));
+      parts_.tasks.PostAfter(std::min(kMaxAckPause, kAckPause * (1 << std::min(attempt, 10))),
+                             [this, entry, report, attempt] { Acknowledge(entry, report, attempt + 1); });
+      return;
+    }
+  }
+  // One whose domain did not come has nothing to serve either.
+  const bool refused = report.role() == v1::ROLE_DESTINATION && report.handover() == v1::REFUSED;
+  if (!entry->conf().domain_host().resident() || report.handover() == v1::RELEASED || refused)
+    Retire(entry, report.handover() == v1::RELEASED ? "moved to another host" : "its migration has ended");
 }
 
 absl::StatusOr<v1::ShimConfig> DomainManager::MakeConfig(const std::string& uuid,

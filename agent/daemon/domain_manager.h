@@ -103,6 +103,9 @@ class DomainManager {
   VmEntry::Callbacks CallbacksFor(const EntryPtr& entry);
   void OnEvent(const EntryPtr& entry, const v1::ShimReply& event);
   void OnReport(const EntryPtr& entry, const v1::SideReport& report);
+  // Tells the shim that its final report was heard, again and again until its configuration does not name the
+  // migration any more, and then lets go of the shim if it has nothing else to do.
+  void Acknowledge(const EntryPtr& entry, const v1::SideReport& report, int attempt);
   absl::StatusOr<vmm::LibvirtConnection*> Connection() const;
   // The epoch at which this host has the domain, if it has it.
   uint64_t EpochOf(const migration::Ownership& ownership, bool served, bool here) const;

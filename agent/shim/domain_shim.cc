@@ -234,25 +234,34 @@ absl::Status DomainShim::Retire() {
 }
 
 void DomainShim::Acknowledge(const v1::ReportAck& ack) {
+  const bool source = ack.role() == v1::ROLE_SOURCE;
+  bool reported;
   {
     std::lock_guard lock(mutex_);
     auto it = reports_.find({ack.migration_id(), ack.role()});
-    if (it == reports_.end() || !it->second.done()) return;
-    reports_.erase(it);
+    reported = it != reports_.end();
+    if (reported && !it->second.done()) return;
+    if (reported) reports_.erase(it);
   }
+  // The agent repeats itself as long as the file names the migration. A shim that was started anew has yet to
+  // see the end by itself.
+  if (!reported && (source ? outgoing_ != nullptr : incoming_ != nullptr)) return;
   // A later shim has nothing left to do with it.
   const v1::ShimConfig config = config_.Get();
   absl::Status status;
-  if (ack.role() == v1::ROLE_SOURCE && config.outgoing().migration_id() == ack.migration_id()) {
+  if (source && config.outgoing().migration_id() == ack.migration_id()) {
     outgoing_.reset();
     status = config_.Update([](v1::ShimConfig& c) { c.clear_outgoing(); });
-  } else if (ack.role() == v1::ROLE_DESTINATION && config.migration_id() == ack.migration_id()) {
+  } else if (!source && config.migration_id() == ack.migration_id()) {
     incoming_.reset();
     status = config_.Update([](v1::ShimConfig& c) {
       c.clear_migration_id();
       c.clear_token();
       c.clear_domain();
     });
+  } else if (!reported) {
+    // It was cleared, and could not be written then.
+    status = config_.Update([](v1::ShimConfig&) {});
   }
   if (!status.ok()) LOG_WARN("{}", Message(status));
 }

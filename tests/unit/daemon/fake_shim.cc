@@ -4,6 +4,10 @@
 //   RELEASED, 5: the final report FAILED of a source.
 // BATON_FAKE_SHIM in the environment makes it misbehave: "exit", "hang", "stopped", "blocker", "stubborn"
 // (does not stop).
+// That of a domain has a migration to here behind it, which was refused, and says so to whoever subscribes
+// until that is acknowledged. Misbehaving, it hears the first acknowledgement too late ("busy"), or ends at
+// it
+// ("mortal").
 #include <signal.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -69,6 +73,11 @@ class FakeShim {
   }
 
   bool StartVmm() {
+    if (conf_.mode() == v1::ShimConfig::DOMAIN) {
+      state_ = v1::Vm::RUNNING;
+      migration_ = conf_.migration_id();
+      return true;
+    }
     bool adopt = conf_.mode() == v1::ShimConfig::ADOPT;
     if (adopt) {
       state_ = v1::Vm::RUNNING;
@@ -166,6 +175,18 @@ class FakeShim {
     }
   }
 
+  void Acknowledge(const v1::ReportAck& ack) {
+    if (ack.migration_id() != conf_.migration_id() || ack.role() != v1::ROLE_DESTINATION) return;
+    const std::string mark = dir_ + "/acknowledged";
+    const bool first = ::access(mark.c_str(), F_OK) != 0;
+    (void)WriteFileDurable(mark, "");
+    if (first && behaviour_ == "mortal") ::_exit(1);
+    // Longer than the agent waits for the answer.
+    if (first && behaviour_ == "busy") std::this_thread::sleep_for(std::chrono::milliseconds(2300));
+    conf_.clear_migration_id();
+    (void)WriteMessageDurable(dir_ + "/shim.conf", conf_);
+  }
+
   // True: reply, then exit.
   bool Handle(const v1::ShimRequest& request, std::vector<UniqueFd>& fds, MessageSocket& socket,
               v1::ShimReply& reply) {
@@ -178,8 +199,13 @@ class FakeShim {
         v1::ShimReply event;
         *event.mutable_event_status() = Status();
         (void)socket.Send(event, Deadline::After(std::chrono::seconds(1)));
+        if (conf_.mode() == v1::ShimConfig::DOMAIN && !conf_.migration_id().empty())
+          Report(v1::ROLE_DESTINATION, v1::FAILED, v1::REFUSED, true, v1::PEER_CONNECTION_FAILED);
         return false;
       }
+      case v1::ShimRequest::kReportAck:
+        if (conf_.mode() == v1::ShimConfig::DOMAIN) Acknowledge(request.report_ack());
+        return false;
       case v1::ShimRequest::kInspect:
         reply.mutable_inspection()->set_vmm_version("QEMU emulator version 7.2.22");
         return false;
