@@ -147,11 +147,12 @@ absl::StatusOr<int> FollowMigration(Client* client, Signals* signals, const v1::
   view.Update(migration);
   std::optional<Deadline> timeout;
   if (options.timeout.count() > 0) timeout = Deadline::After(options.timeout);
+  std::optional<MigrationWatch> watch;
   if (!HasEnded(migration)) {
     // From the record's own revision on: nothing that happened since it was read is missed.
-    MigrationWatch watch(client, migration.name(), migration.revision());
+    watch.emplace(client, migration.name(), migration.revision());
     while (!HasEnded(migration)) {
-      switch (Wait(watch, *signals, timeout, view.live() ? kRedrawMs : -1)) {
+      switch (Wait(*watch, *signals, timeout, view.live() ? kRedrawMs : -1)) {
         case Wake::kTick:
           view.Redraw();
           break;
@@ -168,7 +169,7 @@ absl::StatusOr<int> FollowMigration(Client* client, Signals* signals, const v1::
           }
           break;
         case Wake::kEvents:
-          while (auto event = watch.Next()) {
+          while (auto event = watch->Next()) {
             switch (event->kind) {
               case WatchEvent::Kind::kChange:
                 view.Note("");
@@ -196,7 +197,9 @@ absl::StatusOr<int> FollowMigration(Client* client, Signals* signals, const v1::
   }
   view.Clear();
   RETURN_IF_ERROR(PrintEnd(migration, options.format));
-  return ExitCodeFor(migration);
+  const int code = ExitCodeFor(migration);
+  if (options.leave) options.leave(code);
+  return code;
 }
 
 absl::StatusOr<int> FollowAll(Client* client, Signals* signals, const FollowOptions& options) {

@@ -3,6 +3,7 @@
 
 #include <absl/status/statusor.h>
 
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -16,10 +17,10 @@ struct FollowOptions {
   Format format = Format::kTable;
   // Give up following after this long; the migration goes on. 0: never.
   Duration timeout{0};
-  // Leave on the first end, with the exit code that belongs to it. Else only on signals.
-  bool until_end = true;
   // Said on Ctrl-C, so that nobody thinks that the migration stopped.
   std::string interrupt_hint;
+  // Called with the exit code once the end has been printed, before anything is closed. Need not return.
+  std::function<void(int)> leave;
 };
 
 // The signals that following handles.
