@@ -107,6 +107,7 @@ absl::StatusOr<DomainManager::Plan> DomainManager::MakePlan(const v1::PrepareInc
   plan.target.set_xml(rewritten->xml);
   plan.target.set_uri(config_.libvirt.uri);
   plan.target.set_tunnel_dir(config_.libvirt.socket_dir + "/" + command.migration_id());
+  plan.target.set_absent(facts.same_uuid_absent);
   for (const std::string& disk : vmm::DisksToCopy(request, facts)) {
     plan.target.add_copied_disks(disk);
     for (const vmm::DomainDevice& device : request.domain.devices) {
@@ -198,6 +199,13 @@ absl::StatusOr<v1::Prepared> DomainManager::PrepareLocked(Locked locked, const P
                                                           const v1::PrepareIncomingCommand& command,
                                                           Deadline deadline) {
   const EntryPtr& entry = locked.entry;
+  // For a move from here that did not come about.
+  if (entry->connected() && IsIdle(entry->conf())) Remove(entry);
+  if (entry->removed()) {
+    locked.lock.unlock();
+    ASSIGN_OR_RETURN(locked, Lock(plan.uuid, deadline));
+    return PrepareLocked(std::move(locked), plan, command, deadline);
+  }
   if (entry->connected()) {
     const v1::ShimConfig conf = entry->conf();
     return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,

@@ -126,7 +126,12 @@ absl::StatusOr<v1::Inspection> DomainManager::Inspect(const v1::InspectVmCommand
   inspection.set_memory_used(domain.memory_bytes);
   // For a forecast, and nothing else asks for a sample. Of a domain that arrives a finding tells, and libvirt
   // would not answer.
-  if (facts->incoming || !command.has_dirty_sample()) return inspection;
+  if (facts->incoming) return inspection;
+  if (!command.has_dirty_sample()) {
+    if (!HasBlocker({inspection.findings().begin(), inspection.findings().end()}))
+      parts_.tasks.Post([this, uuid, id = command.vm()] { GetReady(uuid, id); });
+    return inspection;
+  }
   inspection.set_memory_used(MemoryUsed(*libvirt, uuid, domain.memory_bytes, deadline));
   const Duration sample =
       seconds(command.dirty_sample().seconds()) + std::chrono::nanoseconds(command.dirty_sample().nanos());

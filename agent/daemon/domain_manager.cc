@@ -20,6 +20,10 @@ constexpr Duration kMaxAckPause = seconds(30);
 constexpr Duration kShimRetires = seconds(10);
 constexpr Duration kShimStarts = seconds(20);
 constexpr int kMaxRestartDelay = 30;
+// For a shim to be there before its command, and for the command to come: a destination that takes longer to
+// prepare, or another operation on the domain, is no reason to have a shim sooner.
+constexpr Duration kReadyIn = seconds(2);
+constexpr Duration kCommandComes = seconds(5);
 
 }  // namespace
 
@@ -59,10 +63,9 @@ absl::Status DomainManager::FindAgain(Deadline deadline) {
       absl::Status connected = entry->Connect(CallbacksFor(entry), deadline);
       if (connected.ok()) {
         LOG_INFO("shim of domain {} found again (pid {})", uuid, shims.front().pid);
-        // The agent before this one may have ended when its shim had taken the acknowledgement, which was all
-        // that was left to do.
-        if (!conf->domain_host().resident())
-          parts_.tasks.Post([this, entry] { Retire(entry, "its migration ended before this agent came"); });
+        // Nobody knows any more what it waits for, if it has nothing to do: its agent may also have ended
+        // when it had taken the acknowledgement, which was all that was left.
+        parts_.tasks.Post([this, entry] { RetireIdle(entry, "its agent is another one"); });
         continue;
       }
       LOG_WARN("shim of domain {} does not answer: {}", uuid, Message(connected));
@@ -120,7 +123,11 @@ void DomainManager::Complete(v1::Vm* vm) {
   bool departed = false;
   {
     std::lock_guard lock(mutex_);
-    if (auto found = entries_.find(uuid); found != entries_.end()) entry = found->second;
+    // One that does nothing is not there. What it says of itself may be newer than its configuration here.
+    if (auto found = entries_.find(uuid);
+        found != entries_.end() &&
+        !(IsIdle(found->second->conf()) && found->second->status().vm().migration().empty()))
+      entry = found->second;
     if (vm->state() == v1::Vm::STOPPED) departed_.erase(uuid);
     departed = departed_.count(uuid) > 0;
   }
@@ -155,15 +162,23 @@ void DomainManager::OnGone(const std::string& uuid, const std::function<void()>&
     departed_.erase(uuid);
     if (auto found = entries_.find(uuid); found != entries_.end()) served = found->second;
   }
-  if (served) {
-    // Its devices were served as long as it was defined here.
-    if (served->conf().domain_host().resident())
-      parts_.tasks.Post([this, served] { Retire(served, "libvirt does not have the domain any more"); });
-    return;
-  }
   // A domain that ended here for good has no epoch any more; of one that left, the next to come must know it.
-  auto ownership = store_.OwnershipOf(uuid);
-  if (ownership.ok() && ownership->state == migration::Ownership::State::kOwner) (void)store_.Forget(uuid);
+  auto forget = [this, uuid] {
+    auto ownership = store_.OwnershipOf(uuid);
+    if (ownership.ok() && ownership->state == migration::Ownership::State::kOwner) (void)store_.Forget(uuid);
+  };
+  const std::string why = "libvirt does not have the domain any more";
+  if (!served) {
+    forget();
+  } else if (served->conf().domain_host().resident()) {
+    // Its devices were served as long as it was defined here.
+    parts_.tasks.Post([this, served, why] { Retire(served, why); });
+  } else if (IsIdle(served->conf())) {
+    parts_.tasks.Post([this, served, why, forget] {
+      RetireIdle(served, why);
+      if (served->removed()) forget();
+    });
+  }
 }
 
 void DomainManager::Tell(const std::string& uuid) {
@@ -350,6 +365,10 @@ void DomainManager::OnShimGone(const EntryPtr& entry, int attempt) {
   }
   entry->set_conf(*conf);
   parts_.metrics.CountShimDeath("domain");
+  if (IsIdle(*conf)) {
+    LOG_WARN("the shim of domain {} ended before anything was asked of it", entry->name());
+    return Remove(entry);
+  }
   LOG_WARN("the shim of domain {} ended unexpectedly and is started again", entry->name());
   absl::Status started = Launch(entry, Deadline::After(kShimStarts));
   if (started.ok()) return;
@@ -367,6 +386,19 @@ void DomainManager::Retire(const EntryPtr& entry, const std::string& why) {
     return;
   LOG_INFO("the shim of domain {} is done: {}", entry->name(), why);
   Remove(entry);
+}
+
+void DomainManager::RetireIdle(const EntryPtr& entry, const std::string& why) {
+  std::lock_guard operation(entry->operation());
+  if (entry->removed()) return;
+  if (auto conf = store_.Read(entry->name()); !conf.ok() || !IsIdle(*conf)) return;
+  LOG_INFO("the shim of domain {} is not needed: {}", entry->name(), why);
+  Remove(entry);
+}
+
+bool DomainManager::IsIdle(const v1::ShimConfig& conf) {
+  return !conf.domain_host().resident() && conf.migration_id().empty() &&
+         conf.outgoing().migration_id().empty();
 }
 
 // Ends the shim and removes what it leaves, except the journal.
@@ -424,27 +456,42 @@ absl::Status DomainManager::StartOutgoing(const v1::StartOutgoingCommand& comman
   const EntryPtr& entry = locked.entry;
   auto start = [&]() -> absl::Status {
     ASSIGN_OR_RETURN(migration::Ownership ownership, store_.OwnershipOf(uuid));
-    if (const uint64_t epoch = EpochOf(ownership, entry->connected(), true); epoch != command.epoch())
+    const bool served = entry->connected() && !IsIdle(entry->conf());
+    if (const uint64_t epoch = EpochOf(ownership, served, true); epoch != command.epoch())
       return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
                    "the migration is for epoch {} of the domain, this host has it at epoch {}",
                    command.epoch(), epoch);
-    const bool shared = DisksAreShared(vm.domain(), command.domain(), config_.libvirt.shared);
     if (!entry->connected()) {
       ASSIGN_OR_RETURN(v1::ShimConfig conf, MakeConfig(uuid, command.vm()));
-      conf.mutable_domain_host()->set_disks_shared(shared);
       RETURN_IF_ERROR(LaunchWith(entry, conf, deadline));
     }
     v1::ShimRequest request;
     *request.mutable_start_outgoing() = command;
+    request.mutable_start_outgoing()->set_disks_shared(
+        DisksAreShared(vm.domain(), command.domain(), config_.libvirt.shared));
     return entry->Call(request, deadline).status();
   };
   absl::Status started = start();
   if (auto conf = store_.Read(uuid); conf.ok()) entry->set_conf(*conf);
   // A shim that has not taken the command is of no use, unless it serves something else.
-  const v1::ShimConfig conf = entry->conf();
-  const bool idle = conf.outgoing().migration_id().empty() && conf.migration_id().empty();
-  if (!started.ok() && idle && !conf.domain_host().resident()) Remove(entry);
+  if (!started.ok() && IsIdle(entry->conf())) Remove(entry);
   return started;
+}
+
+void DomainManager::GetReady(const std::string& uuid, const std::string& vm) {
+  auto locked = Lock(uuid, Deadline::After(kReadyIn));
+  if (!locked.ok()) return;
+  const EntryPtr& entry = locked->entry;
+  if (entry->connected() || !IsIdle(entry->conf())) return;
+  auto conf = MakeConfig(uuid, vm);
+  absl::Status launched = conf.ok() ? LaunchWith(entry, *conf, Deadline::After(kReadyIn)) : conf.status();
+  if (!launched.ok()) {
+    // The command will find the same, and say so.
+    LOG_DEBUG("domain {}: no shim ahead of its command: {}", uuid, Message(launched));
+    return Remove(entry);
+  }
+  parts_.tasks.PostAfter(kCommandComes,
+                         [this, entry = entry] { RetireIdle(entry, "no command came for it"); });
 }
 
 absl::Status DomainManager::Forward(const std::string& vm, const v1::ShimRequest& request,

@@ -107,8 +107,14 @@ class DomainManager {
   // migration any more, and then lets go of the shim if it has nothing else to do.
   void Acknowledge(const EntryPtr& entry, const v1::SideReport& report, int attempt);
   absl::StatusOr<vmm::LibvirtConnection*> Connection() const;
+  // A shim for a domain that is about to be moved away is started while the destination prepares, so that it
+  // waits for the command. One that gets none is retired after a while.
+  void GetReady(const std::string& uuid, const std::string& vm);
   // The epoch at which this host has the domain, if it has it.
   uint64_t EpochOf(const migration::Ownership& ownership, bool served, bool here) const;
+
+  // Its shim does nothing for its domain: its command has not come yet, or will not.
+  static bool IsIdle(const v1::ShimConfig& conf);
 
   // --- with the entry's operation lock held ---
   absl::StatusOr<v1::ShimConfig> MakeConfig(const std::string& uuid, const std::string& vm) const;
@@ -118,6 +124,8 @@ class DomainManager {
   absl::Status Launch(const EntryPtr& entry, Deadline deadline, bool fresh = false);
   void OnShimGone(const EntryPtr& entry, int attempt);
   void Retire(const EntryPtr& entry, const std::string& why);
+  // The same for one that has nothing to do, and only then.
+  void RetireIdle(const EntryPtr& entry, const std::string& why);
   void Remove(const EntryPtr& entry);
   void Drop(const EntryPtr& entry);
 

@@ -1,5 +1,7 @@
-// DomainOutgoing: what it is connected to. The tunnel and the destination's libvirt behind it, the call's own
-// connection to this host's, and the link of the devices.
+// DomainOutgoing: what it is connected to. The tunnel and the destination's libvirt behind it, and the link
+// of the devices.
+#include <libvirt/libvirt.h>
+
 #include <chrono>
 
 #include "agent/shim/domain_outgoing.h"
@@ -12,6 +14,10 @@ namespace {
 
 // For connections that are just ending to do so in good order.
 constexpr Duration kDrainTimeout = std::chrono::seconds(2);
+// After libvirt's call began, if nothing is heard of it until then.
+constexpr Duration kRemoteIn = std::chrono::milliseconds(900);
+// For this host's libvirt to say how the domain is.
+constexpr Duration kLookHere = std::chrono::seconds(2);
 
 }  // namespace
 
@@ -44,21 +50,44 @@ absl::Status DomainOutgoing::OpenTunnel() {
   auto entrance = stream::TunnelEntrance::Start(std::move(options));
   if (!entrance.ok()) return Annotate(entrance.status(), "tunnel");
   SetEntrance(*std::move(entrance));
+  return absl::OkStatus();
+}
+
+void DomainOutgoing::OpenRemote() {
   vmm::LibvirtOptions remote;
   remote.uri = vmm::TunnelUri(command_.domain());
   remote.events = vmm::LibvirtOptions::Events::kLifecycle;
   vmm::LibvirtCallbacks callbacks;
-  auto was_up = std::make_shared<bool>(false);
-  callbacks.on_state = [mail = mail_, watched = watched_, was_up](bool up, const std::string&) {
-    if (!up && *was_up) watched->store(false);
-    *was_up |= up;
+  callbacks.on_state = [mail = mail_, losses = losses_](bool up, const std::string&) {
+    if (!up) ++*losses;
     mail->Wake();
   };
   callbacks.on_event = [mail = mail_, uuid = uuid_](const vmm::DomainEvent& event) {
     if (event.uuid == uuid && event.kind == vmm::DomainEvent::Kind::kLifecycle) mail->Wake();
   };
   remote_ = vmm::LibvirtConnection::Start(std::move(remote), std::move(callbacks));
-  return absl::OkStatus();
+}
+
+void DomainOutgoing::WatchRemote() {
+  if (watched_since_ || suspended_) return;
+  // QEMU is at its first pass, or libvirt takes long over what comes before.
+  const bool begun = iteration_begun_ > 0 || iteration_ > 0 || Clock::now() - call_began_ > kRemoteIn;
+  if (!remote_ && begun) OpenRemote();
+  if (!remote_ || !remote_->connected()) return;
+  const int losses = losses_->load();
+  // That it is connected was asked before, and whether the guest is still here is asked after. Of libvirt
+  // alone: QEMU would answer on the thread that may just have to switch over.
+  auto runs = vmm::CallFor<bool>(
+      p_.local, "asking for the state",
+      [uuid = uuid_](virConnectPtr c) -> absl::StatusOr<bool> {
+        vmm::DomainPtr domain(virDomainLookupByUUIDString(c, uuid.c_str()));
+        int state = 0;
+        if (!domain || virDomainGetState(domain.get(), &state, nullptr, 0) != 0)
+          return vmm::LibvirtError("state");
+        return state == VIR_DOMAIN_RUNNING || state == VIR_DOMAIN_BLOCKED;
+      },
+      Deadline::After(kLookHere));
+  if (runs.ok() && *runs) watched_since_ = losses;
 }
 
 void DomainOutgoing::CloseTunnel() {
@@ -120,34 +149,11 @@ absl::Status DomainOutgoing::AwaitConnection(const vmm::LibvirtConnection& conne
       std::lock_guard lock(mutex_);
       if (end_ && !yielded_) return Error(end_->reason, absl::StatusCode::kAborted, "{}", end_->message);
     }
-    if (deadline.Expired()) return absl::UnavailableError(connection.trouble());
+    if (deadline.Expired())
+      return Error(v1::SOURCE_VMM_FAILED, absl::StatusCode::kUnavailable, "{}", connection.trouble());
     (void)mail_->Wait(deadline);
   }
   return absl::OkStatus();
-}
-
-absl::Status DomainOutgoing::AwaitLocal(Deadline deadline) {
-  absl::Status there = AwaitConnection(p_.local, deadline);
-  return absl::IsUnavailable(there) ? WithReason(there, v1::SOURCE_VMM_FAILED) : there;
-}
-
-absl::Status DomainOutgoing::AwaitRemote(Deadline deadline) {
-  absl::Status there = AwaitConnection(*remote_, deadline);
-  if (!absl::IsUnavailable(there)) return there;
-  std::lock_guard lock(mutex_);
-  return Error(v1::PEER_CONNECTION_FAILED, absl::StatusCode::kUnavailable,
-               "the destination's libvirt cannot be reached through {}: {}{}", command_.peer_address(),
-               Message(there), broken_.empty() ? "" : " (" + broken_ + ")");
-}
-
-void DomainOutgoing::OpenCaller() {
-  if (caller_) return;
-  vmm::LibvirtOptions options;
-  options.uri = p_.local.uri();
-  options.events = vmm::LibvirtOptions::Events::kNone;
-  vmm::LibvirtCallbacks callbacks;
-  callbacks.on_state = [mail = mail_](bool, const std::string&) { mail->Wake(); };
-  caller_ = vmm::LibvirtConnection::Start(std::move(options), std::move(callbacks));
 }
 
 }  // namespace baton::shim

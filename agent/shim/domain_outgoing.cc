@@ -66,7 +66,6 @@ DomainOutgoing::DomainOutgoing(DomainOutgoingParts parts, const v1::StartOutgoin
       resume_(resume),
       reporter_(command.migration_id(), command.vm(), v1::ROLE_SOURCE, command.epoch(), p_.on_report),
       uuid_(p_.config.Get().domain_uuid()),
-      watched_(std::make_shared<std::atomic<bool>>(!resume)),
       mover_(p_.local, uuid_),
       convergence_(LimitsOf(command_.params())) {
   thread_ = std::thread([this] { Run(); });
@@ -135,6 +134,7 @@ void DomainOutgoing::Run() {
     reporter_.EnterPhase(v1::PRECOPY);
     // Without a tunnel the destination is only heard of by way of batond; it is tried again while settling.
     if (absl::Status opened = OpenTunnel(); !opened.ok()) LOG_WARN("migration {}: {}", id(), Message(opened));
+    if (entrance_) OpenRemote();
     return Settle();
   }
   reporter_.EnterPhase(v1::PRECOPY);
@@ -143,30 +143,29 @@ void DomainOutgoing::Run() {
   PausePoint(p_.config.Get().run_dir(), "source-prepared");
   if (started.ok()) started = BeginCall(/*recover=*/false);
   if (!started.ok()) return NotStarted(started);
+  SetLimits();
   Follow();
   if (!mail_->stopped()) Settle();
 }
 
 absl::Status DomainOutgoing::Prepare() {
   const Deadline deadline = Deadline::After(kConnectTimeout);
-  OpenCaller();
   RETURN_IF_ERROR(OpenTunnel());
-  // What is to be known, set and kept here goes while the destination's libvirt is being connected to.
   RETURN_IF_ERROR(p_.journal.Own(command_.epoch()));
-  RETURN_IF_ERROR(AwaitLocal(deadline));
+  RETURN_IF_ERROR(AwaitConnection(p_.local, deadline));
   ASSIGN_OR_RETURN(bool running, ReadSource(deadline));
   if (!running)
     return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition, "the domain does not run");
-  forgets_ = ReadForgets();
-  // Before the start, so that a guest that writes nothing is not gone before its limit is known.
-  NoteLimit();
-  const Duration whole = convergence_.max_downtime();
-  LimitDowntime(forgets_ ? whole : std::min(whole, std::max(kFirstLimit, whole / kFirstPart)));
-  RETURN_IF_ERROR(AwaitRemote(deadline));
-  absent_before_ = LookAtDomain(*remote_, uuid_, vmm::MigrationRole::kDestination, deadline).condition ==
-                   vmm::DomainCondition::kAbsent;
   ArmDevices(deadline);
   return absl::OkStatus();
+}
+
+// libvirt starts a QEMU at the destination before this one sends anything: time enough also for a guest that
+// writes nothing, and would be gone with the first pass.
+void DomainOutgoing::SetLimits() {
+  const Duration whole = convergence_.max_downtime();
+  NoteLimit();
+  LimitDowntime(ReadForgets() ? whole : std::min(whole, std::max(kFirstLimit, whole / kFirstPart)));
 }
 
 // What the call depends on here; whether the domain runs.
@@ -195,7 +194,7 @@ absl::StatusOr<bool> DomainOutgoing::ReadSource(Deadline deadline) {
   if (!here.ok()) return WithReason(here.status(), v1::VM_NOT_MIGRATABLE);
   source_.persistent = here->persistent;
   source_.xml = std::move(here->xml);
-  source_.disks_shared = p_.config.Get().domain_host().disks_shared();
+  source_.disks_shared = command_.disks_shared();
   return here->running;
 }
 
@@ -232,14 +231,12 @@ absl::Status DomainOutgoing::BeginCall(bool recover) {
     deadline_ = Clock::now() + migration::DurationOr(command_.params().has_max_duration(),
                                                      command_.params().max_duration(), std::chrono::hours(1));
   }
-  OpenCaller();
-  absl::Status there = AwaitConnection(*caller_, Deadline::After(recover ? kCallTimeout : kConnectTimeout));
-  if (!there.ok()) return absl::IsUnavailable(there) ? WithReason(there, v1::SOURCE_VMM_FAILED) : there;
+  RETURN_IF_ERROR(AwaitConnection(p_.caller, Deadline::After(recover ? kCallTimeout : kConnectTimeout)));
   call_active_ = true;
   call_began_ = Clock::now();
   LOG_INFO("migration {}: {} to {} by libvirt", id(), recover ? "post-copy is recovered" : "the domain moves",
            command_.peer_address());
-  absl::Status begun = vmm::DomainMover(*caller_, uuid_).Start(call, [mail = mail_](absl::Status status) {
+  absl::Status begun = vmm::DomainMover(p_.caller, uuid_).Start(call, [mail = mail_](absl::Status status) {
     mail->EndCall(std::move(status));
   });
   if (!begun.ok()) call_active_ = false;
@@ -264,6 +261,7 @@ void DomainOutgoing::Follow() {
     DomainMailbox::Mail mail = mail_->Wait(Deadline::At(wake));
     if (mail.stop) return;
     for (const vmm::DomainEvent& event : mail.events) OnDomainEvent(event);
+    if (!mail.call) WatchRemote();
     if (mail.call) {
       call_active_ = false;
       call_status_ = *mail.call;
@@ -291,6 +289,7 @@ void DomainOutgoing::OnDomainEvent(const vmm::DomainEvent& event) {
     iteration_begun_ = static_cast<uint64_t>(std::max(event.event, 0));
     return;
   }
+  if (event.kind == vmm::DomainEvent::Kind::kJobCompleted && event.job) completed_ = *event.job;
   if (event.kind != vmm::DomainEvent::Kind::kLifecycle) return;
   if (event.event == VIR_DOMAIN_EVENT_RESUMED) was_paused_ = false;
   if (event.event != VIR_DOMAIN_EVENT_SUSPENDED) return;

@@ -33,6 +33,8 @@ struct DomainOutgoingParts {
   ConfigStore& config;
   DomainJournal& journal;
   vmm::LibvirtConnection& local;
+  // For the call that lasts, which has a connection to itself (LibvirtConnection::Begin).
+  vmm::LibvirtConnection& caller;
   DomainDevices* devices;  // null: none is mediated
   migration::ReportCallback on_report;
   // The migration has ended, its last report was given. On the migration's thread.
@@ -62,6 +64,8 @@ class DomainOutgoing {
     if (!up) missed_events_ = true;
     mail_->Wake();
   }
+  // News of the caller's connection. Must not wait.
+  void OnCaller() { mail_->Wake(); }
 
  private:
   // Why the migration is ended from this side.
@@ -74,6 +78,8 @@ class DomainOutgoing {
   absl::Status Prepare();
   absl::StatusOr<bool> ReadSource(Deadline deadline);
   bool ReadForgets();
+  // What QEMU is told once libvirt has begun.
+  void SetLimits();
   absl::Status BeginCall(bool recover);
   // Tells QEMU the blackout that it may aim at.
   void LimitDowntime(Duration limit);
@@ -102,13 +108,17 @@ class DomainOutgoing {
   void CutVmm(v1::Reason reason, const std::string& message);
   void ArmDevices(Deadline deadline);
   void ReleaseDevices();
-  // Until `connection` is there. What asks for the end of the migration ends it, as long as the guest was not
-  // given away: after that there is no way back, and post-copy that lost its connection has to go on.
+  // Until `connection`, one of this host's libvirt, is there. What asks for the end of the migration ends it,
+  // as long as the guest was not given away: after that there is no way back, and post-copy that lost its
+  // connection has to go on.
   absl::Status AwaitConnection(const vmm::LibvirtConnection& connection, Deadline deadline);
-  absl::Status AwaitLocal(Deadline deadline);
-  absl::Status AwaitRemote(Deadline deadline);
-  // Begins to connect to this host's libvirt for the call that lasts, which has a connection to itself.
-  void OpenCaller();
+  // Begins to connect to the destination's libvirt.
+  void OpenRemote();
+  // Does so once libvirt's call has come so far that nothing of it has to wait for that, and notes then
+  // whether the guest is still here.
+  void WatchRemote();
+  // It could be seen all the time since before the handover.
+  bool WatchedRemote() const { return watched_since_ && *watched_since_ == losses_->load(); }
 
   // --- domain_settle.cc ---
   void Settle();
@@ -148,9 +158,10 @@ class DomainOutgoing {
   std::shared_ptr<stream::TunnelEntrance> entrance_;  // replaced under mutex_
   std::unique_ptr<DomainDeviceSender> device_link_;   // while the call is under way
   std::unique_ptr<vmm::LibvirtConnection> remote_;
-  std::unique_ptr<vmm::LibvirtConnection> caller_;
-  // The destination's libvirt could be seen all the time since before the handover.
-  const std::shared_ptr<std::atomic<bool>> watched_;
+  // How often the destination's libvirt was lost; and had been when the guest was last seen here with it.
+  const std::shared_ptr<std::atomic<int>> losses_ = std::make_shared<std::atomic<int>>(0);
+  std::optional<int> watched_since_;
+  std::optional<vmm::JobFigures> completed_;  // what libvirt told of its job at the end of it
   // The connection to this host's libvirt was lost once: that the domain was stopped may not have been heard.
   std::atomic<bool> missed_events_ = false;
   vmm::DomainMover mover_;
@@ -161,9 +172,7 @@ class DomainOutgoing {
   // Told of by libvirt and to be looked at when due; 0: none.
   uint64_t iteration_begun_ = 0;
   Clock::time_point iteration_due_{};
-  Duration limit_told_{};       // of the blackout, to QEMU
-  bool forgets_ = false;        // QEMU, some of what the guest writes
-  bool absent_before_ = false;  // the destination's libvirt did not know the domain before the call
+  Duration limit_told_{};  // of the blackout, to QEMU
   bool call_active_ = false;
   bool suspended_ = false;   // by the migration: its state may have left
   bool was_paused_ = false;  // by its user, before libvirt's job began

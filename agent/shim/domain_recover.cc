@@ -77,6 +77,7 @@ void DomainOutgoing::Recover(const std::string& why) {
   recover_again_ = Clock::now() + recover_pause_;
   Decided("recover", why);
   absl::Status begun = entrance_ ? absl::OkStatus() : OpenTunnel();
+  if (begun.ok() && !remote_) OpenRemote();
   if (begun.ok()) begun = BeginCall(/*recover=*/true);
   recovering_ = begun.ok();
   if (!begun.ok()) NotRecovered(begun);

@@ -118,12 +118,16 @@ vmm::SettlementInput DomainOutgoing::Look() {
     in.fenced = fenced_;
   }
   if (in.source.condition == vmm::DomainCondition::kPausedPostcopyFailed) in.source_qemu = AskSourceQemu();
-  // A destination whose tunnel could not be opened, or was cut to end the call.
-  if (!entrance_ && verdict == v1::HANDOVER_STATE_UNSPECIFIED && !call_active_) {
-    if (absl::Status opened = OpenTunnel(); !opened.ok())
-      LOG_DEBUG("migration {}: {}", id(), Message(opened));
+  // One that was not connected to yet, or whose tunnel could not be opened, or was cut to end the call.
+  if (!remote_ && verdict == v1::HANDOVER_STATE_UNSPECIFIED && !call_active_) {
+    absl::Status opened = entrance_ ? absl::OkStatus() : OpenTunnel();
+    if (!opened.ok()) LOG_DEBUG("migration {}: {}", id(), Message(opened));
+    const int before = losses_->load();
+    if (opened.ok()) OpenRemote();
+    // Until the first attempt has failed: a destination's side that has ended takes no connection any more.
     const Deadline connected = Deadline::After(kSettleLook);
-    while (remote_ && !remote_->connected() && !connected.Expired() && !mail_->stopped())
+    while (remote_ && !remote_->connected() && losses_->load() == before && !connected.Expired() &&
+           !mail_->stopped())
       (void)mail_->Wait(connected.Min(Deadline::After(milliseconds(100))));
   }
   if (remote_) {
@@ -145,9 +149,9 @@ vmm::SettlementInput DomainOutgoing::Look() {
     in.handed_over = suspended_ || yielded_ || ((resume_ || missed_events_) && !never_stopped);
   }
   // libvirt writes a persistent domain's definition down before it lets it run, and keeps it when it ends.
-  const bool never_ran = absent_before_ && source_.persistent && !in.destination.job &&
+  const bool never_ran = command_.domain().absent() && source_.persistent && !in.destination.job &&
                          in.destination.condition == Condition::kAbsent;
-  bool watched = watched_->load() || never_ran;
+  bool watched = WatchedRemote() || never_ran;
   if (in.handed_over && !call_active_ && verdict == v1::HANDOVER_STATE_UNSPECIFIED &&
       (!watched || in.destination.condition == Condition::kUnreachable)) {
     // Its shim has watched its libvirt when this one could not.
@@ -351,7 +355,6 @@ bool DomainOutgoing::EndHere(bool running, const std::string& why) {
 
 bool DomainOutgoing::EndAway(const std::string& why) {
   Yielded();
-  reporter_.EnterPhase(v1::FINISHING);
   if (absl::Status written = p_.journal.Release(id(), command_.epoch()); !written.ok()) {
     // No danger: a later shim looks again and sees the same.
     LOG_WARN("migration {}: {}", id(), Message(written));
@@ -403,12 +406,14 @@ void DomainOutgoing::UndefineLeftover() {
   if (!undefined.ok()) LOG_WARN("migration {}: {}", id(), Message(undefined));
 }
 
-// What libvirt measured, kept by the destination's.
+// What libvirt measured. The destination's keeps it, if it was not heard of here.
 void DomainOutgoing::AddDowntime() {
-  if (!remote_) return;
-  vmm::DomainMover there(*remote_, uuid_);
-  auto job = there.Job(true, Deadline::After(kSettleLook));
-  if (!job.ok()) return;
+  std::optional<vmm::JobFigures> job = completed_;
+  if (!job && remote_) {
+    auto kept = vmm::DomainMover(*remote_, uuid_).Job(true, Deadline::After(kSettleLook));
+    if (kept.ok()) job = *kept;
+  }
+  if (!job) return;
   reporter_.Update([&](v1::SideReport& r) {
     if (job->memory_total > 0) vmm::FillProgress(*job, r.mutable_progress());
     if (job->downtime_ms)

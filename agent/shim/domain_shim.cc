@@ -30,6 +30,7 @@ DomainShim::~DomainShim() {
   // Migrations use the connection and report through the control server.
   outgoing_.reset();
   incoming_.reset();
+  caller_.reset();
   local_.reset();
   devices_.reset();
   if (control_) control_->Close();
@@ -75,9 +76,11 @@ void DomainShim::OnSignal(int signal) {
 }
 
 DomainOutgoingParts DomainShim::OutgoingParts() {
+  OpenCaller(config_.Get().libvirt_uri());
   return {config_,
           *journal_,
           *local_,
+          *caller_,
           devices_.get(),
           [this](const v1::SideReport& report) { TakeReport(report); },
           [this] { loop_->Post([this] { PublishStatus(); }); }};
@@ -102,6 +105,22 @@ void DomainShim::Connect(const v1::ShimConfig& config) {
     });
   };
   local_ = vmm::LibvirtConnection::Start(std::move(options), std::move(callbacks));
+  // One that was started neither for a domain that comes nor for its devices is there to move it.
+  if (config.migration_id().empty() && !config.domain_host().resident()) OpenCaller(config.libvirt_uri());
+}
+
+void DomainShim::OpenCaller(const std::string& uri) {
+  if (caller_) return;
+  vmm::LibvirtOptions options;
+  options.uri = uri;
+  options.events = vmm::LibvirtOptions::Events::kNone;
+  vmm::LibvirtCallbacks callbacks;
+  callbacks.on_state = [this](bool, const std::string&) {
+    loop_->Post([this] {
+      if (outgoing_) outgoing_->OnCaller();
+    });
+  };
+  caller_ = vmm::LibvirtConnection::Start(std::move(options), std::move(callbacks));
 }
 
 void DomainShim::Begin() {
@@ -251,6 +270,7 @@ void DomainShim::Acknowledge(const v1::ReportAck& ack) {
   absl::Status status;
   if (source && config.outgoing().migration_id() == ack.migration_id()) {
     outgoing_.reset();
+    caller_.reset();
     status = config_.Update([](v1::ShimConfig& c) { c.clear_outgoing(); });
   } else if (!source && config.migration_id() == ack.migration_id()) {
     incoming_.reset();

@@ -48,6 +48,8 @@ class DomainShim {
   // --- loop thread ---
   void Begin();
   void Connect(const v1::ShimConfig& config);
+  // The connection of the call that lasts, if there is none yet.
+  void OpenCaller(const std::string& uri);
   void OnRequest(v1::ShimRequest request, UniqueFd fd, Respond respond);
   void OnSignal(int signal);
   absl::Status StartOutgoing(const v1::StartOutgoingCommand& command);
@@ -81,6 +83,7 @@ class DomainShim {
   std::unique_ptr<DomainDevices> devices_;  // null: none
   absl::Status devices_failed_;
   std::unique_ptr<vmm::LibvirtConnection> local_;
+  std::unique_ptr<vmm::LibvirtConnection> caller_;  // null: nothing is to be moved from here
   std::unique_ptr<DomainOutgoing> outgoing_;
   std::unique_ptr<DomainIncoming> incoming_;
 };

@@ -117,6 +117,9 @@ class Moves(LibvirtTest):
         finally:
             other.virsh("destroy", VM)
         self.assert_runs_only(source)
+        # The source's shim had been waiting for the destination.
+        wait_until(lambda: not self.cluster.agents[source].shims(), "the shim whose command did not come to end", 15)
+        self.assert_clean()
         self.move(destination)
 
     def check_cancel(self, point, end):

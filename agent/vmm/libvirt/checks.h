@@ -92,6 +92,7 @@ struct DestinationFacts {
   std::string libvirt_trouble;  // not empty: nothing else was asked of libvirt
   // The domain of that UUID, and another one of that name.
   std::optional<int> same_uuid_state;  // virDomainState
+  bool same_uuid_absent = false;       // libvirt has said so
   std::optional<int> same_name_state;
   std::string same_uuid_name;
   // virConnectCompareHypervisorCPU: whether the guest's CPU can be had here; empty: it was not asked (the XML

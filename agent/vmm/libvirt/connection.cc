@@ -18,6 +18,7 @@
 #include <thread>
 #include <vector>
 
+#include "agent/vmm/libvirt/job.h"
 #include "common/fd.h"
 #include "common/log.h"
 
@@ -407,13 +408,15 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
 
   static Impl& Self(void* opaque) { return **static_cast<std::shared_ptr<Impl>*>(opaque); }
 
-  void Tell(virDomainPtr domain, DomainEvent::Kind kind, int event = 0, int detail = 0) {
+  void Tell(virDomainPtr domain, DomainEvent::Kind kind, int event = 0, int detail = 0,
+            std::shared_ptr<const JobFigures> job = nullptr) {
     DomainEvent e;
     e.kind = kind;
     e.uuid = UuidOf(domain);
     e.name = virDomainGetName(domain);
     e.event = event;
     e.detail = detail;
+    e.job = std::move(job);
     std::lock_guard lock(callback_mutex_);
     if (!muted_) callbacks_.on_event(e);
   }
@@ -429,8 +432,10 @@ class LibvirtConnection::Impl : public std::enable_shared_from_this<LibvirtConne
   static void OnIteration(virConnectPtr, virDomainPtr domain, int iteration, void* opaque) {
     Self(opaque).Tell(domain, DomainEvent::Kind::kMigrationIteration, iteration);
   }
-  static void OnJobCompleted(virConnectPtr, virDomainPtr domain, virTypedParameterPtr, int, void* opaque) {
-    Self(opaque).Tell(domain, DomainEvent::Kind::kJobCompleted);
+  static void OnJobCompleted(virConnectPtr, virDomainPtr domain, virTypedParameterPtr params, int count,
+                             void* opaque) {
+    auto job = std::make_shared<const JobFigures>(ReadJobFigures(VIR_DOMAIN_JOB_COMPLETED, params, count));
+    Self(opaque).Tell(domain, DomainEvent::Kind::kJobCompleted, 0, 0, std::move(job));
   }
   static void OnBalloon(virConnectPtr, virDomainPtr domain, unsigned long long, void* opaque) {
     Self(opaque).Tell(domain, DomainEvent::Kind::kBalloon);

@@ -49,6 +49,8 @@ struct LibvirtOptions {
   int max_calls = 16;
 };
 
+struct JobFigures;
+
 // What happened to a domain. Only the kinds after which something is to be read again are told apart.
 struct DomainEvent {
   enum class Kind { kLifecycle, kDefinition, kDevices, kMigrationIteration, kJobCompleted, kBalloon };
@@ -56,6 +58,7 @@ struct DomainEvent {
   std::string uuid, name;
   // kLifecycle: virDomainEventType and its detail. kMigrationIteration: the iteration.
   int event = 0, detail = 0;
+  std::shared_ptr<const JobFigures> job;  // kJobCompleted
 };
 
 // Called on libvirt's event thread or on the connection's own; must not wait, and must not call back into the

@@ -1,6 +1,7 @@
 // What this host has for a domain that is to come: the asking half of checks.h.
 #include <fcntl.h>
 #include <libvirt/libvirt.h>
+#include <libvirt/virterror.h>
 #include <linux/magic.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
@@ -127,6 +128,8 @@ void AskDomains(virConnectPtr c, const Asked& asked, DestinationFacts& facts) {
   if (const DomainPtr domain{virDomainLookupByUUIDString(c, asked.uuid.c_str())}) {
     facts.same_uuid_name = virDomainGetName(domain.get());
     if (virDomainGetState(domain.get(), &state, nullptr, 0) == 0) facts.same_uuid_state = state;
+  } else {
+    facts.same_uuid_absent = virGetLastErrorCode() == VIR_ERR_NO_DOMAIN;
   }
   if (const DomainPtr domain{virDomainLookupByName(c, asked.name.c_str())}) {
     if (UuidOf(domain.get()) != asked.uuid && virDomainGetState(domain.get(), &state, nullptr, 0) == 0)
