@@ -148,12 +148,16 @@ vmm::SettlementInput DomainOutgoing::Look() {
     std::lock_guard lock(mutex_);
     in.handed_over = suspended_ || yielded_ || ((resume_ || missed_events_) && !never_stopped);
   }
+  // A guest that ended before this one could see it run there.
+  const bool gone_in_postcopy =
+      in.source.condition == Condition::kPausedPostcopyFailed && !destination_ran_ &&
+      (in.destination.condition == Condition::kAbsent || in.destination.condition == Condition::kShutOff);
   // libvirt writes a persistent domain's definition down before it lets it run, and keeps it when it ends.
   const bool never_ran = command_.domain().absent() && source_.persistent && !in.destination.job &&
                          in.destination.condition == Condition::kAbsent;
   bool watched = WatchedRemote() || never_ran;
   if (in.handed_over && !call_active_ && verdict == v1::HANDOVER_STATE_UNSPECIFIED &&
-      (!watched || in.destination.condition == Condition::kUnreachable)) {
+      (!watched || gone_in_postcopy || in.destination.condition == Condition::kUnreachable)) {
     // Its shim has watched its libvirt when this one could not.
     auto answer = AskDestination();
     if (answer.ok()) {
@@ -227,13 +231,20 @@ bool DomainOutgoing::Act(const vmm::SettlementInput& seen, const vmm::Settlement
       [[fallthrough]];
     case Action::kWait:
     case Action::kAskAgain:
-    case Action::kOperator:
-      if (settlement.action != Action::kWait) {
-        reporter_.Tick([](v1::Progress&) {});
-        if (reporter_.report().message() != settlement.why)
-          reporter_.Update([&](v1::SideReport& r) { r.set_message(settlement.why); });
+    case Action::kOperator: {
+      if (settlement.action != Action::kWait) reporter_.Tick([](v1::Progress&) {});
+      // A reason before the end: a person has to do something about it.
+      const v1::Reason reason =
+          settlement.action == Action::kOperator ? v1::SOURCE_VMM_FAILED : v1::REASON_UNSPECIFIED;
+      const std::string message = settlement.action == Action::kWait ? "" : settlement.why;
+      if (reporter_.report().message() != message || reporter_.report().reason() != reason) {
+        reporter_.Update([&](v1::SideReport& r) {
+          r.set_reason(reason);
+          r.set_message(message);
+        });
       }
       return false;
+    }
     case Action::kResumeSource: {
       // Rule 1: the word that allows it is durable first.
       absl::Status written =
@@ -424,16 +435,26 @@ void DomainOutgoing::AddDowntime() {
 
 void DomainOutgoing::LoseGuest(const std::string& why) {
   LOG_ERROR("migration {}: the guest is lost: {}", id(), why);
+  bool yielded;
+  {
+    std::lock_guard lock(mutex_);
+    yielded = yielded_;
+  }
+  // Its outcome is known, and in nobody's way who starts the guest anew here.
+  if (yielded) {
+    if (absl::Status written = p_.journal.Release(id(), command_.epoch()); !written.ok())
+      LOG_WARN("migration {}: {}", id(), Message(written));
+  }
   RestoreLimit(/*stays=*/false);
   ReleaseDevices();
   CloseTunnel();
-  const Wish cause = Cause();
+  const std::string message = call_status_.ok() ? why : fmt::format("{}: {}", why, Cause().message);
   reporter_.EnterPhase(v1::FAILED, [&](v1::SideReport& r) {
     r.set_guest_running(false);
     r.set_guest_lost(true);
     r.set_done(true);
     r.set_reason(v1::SOURCE_VMM_FAILED);
-    r.set_message(why + ": " + cause.message);
+    r.set_message(message);
   });
   {
     std::lock_guard lock(mutex_);

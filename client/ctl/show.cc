@@ -251,15 +251,13 @@ Table MigrationTable(const std::vector<v1::Migration>& migrations, bool wide, in
                             ? ""
                             : v1::GuestLocation_Name(m.guest_location());
     std::vector<std::string> row = {
-        ShortName(m.name()),
-        ShortName(m.vm()),
-        ShortName(m.source()),
-        ShortName(m.destination()),
+        ShortName(m.name()), ShortName(m.vm()), ShortName(m.source()), ShortName(m.destination()),
         v1::Phase_Name(m.phase()) + (m.cancel_requested() && !HasEnded(m) ? " (cancelling)" : ""),
-        PercentOf(m),
-        BlackoutOf(m),
-        guest,
-        quiet ? "" : v1::Reason_Name(m.reason()),
+        PercentOf(m), BlackoutOf(m), guest,
+        // One that says something before its end waits for a person.
+        !quiet                                 ? v1::Reason_Name(m.reason())
+        : !HasEnded(m) && !m.message().empty() ? "(see MESSAGE)"
+                                               : "",
         FormatAge(m.create_time(), now)};
     if (wide) {
       int64_t end = m.has_end_time() ? ToNs(m.end_time()) : now * 1000000000;

@@ -76,6 +76,11 @@ bool Machine::settled() const {
 
 absl::Status Machine::CanResolve() const {
   if (pub_.guest_location() != v1::UNKNOWN) {
+    if (!ended() && !pub_.message().empty()) {
+      return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
+                   "{}: both ends are known, so that to confirm that one is down changes nothing. {}",
+                   pub_.name(), pub_.message());
+    }
     return Error(v1::VM_NOT_MIGRATABLE, absl::StatusCode::kFailedPrecondition,
                  "{}: there is nothing to resolve, since {}", pub_.name(), WhereInWords(pub_));
   }

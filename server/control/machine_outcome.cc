@@ -13,6 +13,12 @@ Duration FromProto(const google::protobuf::Duration& duration) {
   return std::chrono::seconds(duration.seconds()) + std::chrono::nanoseconds(duration.nanos());
 }
 
+// A side that says why it cannot go on by itself: a reason before its end.
+bool Troubled(const v1::SideReport& report) {
+  return !report.done() && report.reason() != v1::REASON_UNSPECIFIED && report.reason() != v1::NONE &&
+         !report.message().empty();
+}
+
 bool Final(v1::Phase phase) { return phase >= v1::SUCCEEDED; }
 
 // Reasons that say no more than "the other side went away".
@@ -30,6 +36,13 @@ void Machine::AdvanceRunning() {
   if (!ended()) {
     for (v1::Phase phase : {source.phase(), destination.phase()}) {
       if (!Final(phase)) EnterPhase(phase);
+    }
+    if (Troubled(source) || Troubled(destination)) {
+      const v1::SideReport& side = Troubled(source) ? source : destination;
+      pub_.set_message(
+          fmt::format("{}: {}", Troubled(source) ? pub_.source() : pub_.destination(), side.message()));
+    } else {
+      pub_.clear_message();
     }
   }
   if (DestinationOwns()) {
@@ -55,10 +68,12 @@ void Machine::AdvanceRunning() {
       return;
     }
     if (destination.guest_lost() || !destination.guest_running()) {
+      std::string what = fmt::format("{} took the guest over and could not keep it running: {}",
+                                     pub_.destination(), destination.message());
+      // It has seen both ends.
+      if (source.done() && source.guest_lost()) what += "; " + source.message();
       return End(v1::FAILED,
-                 Secondary(destination.reason()) ? v1::DESTINATION_VMM_FAILED : destination.reason(),
-                 fmt::format("{} took the guest over and could not keep it running: {}", pub_.destination(),
-                             destination.message()));
+                 Secondary(destination.reason()) ? v1::DESTINATION_VMM_FAILED : destination.reason(), what);
     }
     std::string what = fmt::format("{} moved from {} to {}", pub_.vm(), pub_.source(), pub_.destination());
     if (!source_over) what += fmt::format(" ({} has not confirmed its clean-up yet)", pub_.source());

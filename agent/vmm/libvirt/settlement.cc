@@ -181,8 +181,12 @@ Settlement DestinationInPostcopy(SourceCopy s, const SettlementInput& in, bool f
       if (!failed)
         return Make(Action::kWait, v1::DESTINATION,
                     "the source has ended its copy; the destination is about to see that it has everything");
-      return Make(Action::kOperator, v1::DESTINATION,
-                  "post-copy lost its connection, and the source with the missing memory is gone");
+      return Make(
+          Action::kOperator, v1::DESTINATION,
+          "the source's QEMU is gone, and with it memory that the guest at the destination still misses: it "
+          "stands still as soon as it needs some of that, and nothing brings it. What to do: when what still "
+          "runs of it may end, end it (virsh destroy, at the "
+          "destination), and start the guest anew, which is a power cut to it");
     case SourceCopy::kHolds:
     case SourceCopy::kCrashed:
       return Make(Action::kOperator, v1::DESTINATION,
@@ -270,6 +274,13 @@ Settlement DestinationEmpty(SourceCopy s, const SettlementInput& in, bool fenced
             "there is on its disks and not in its memory");
       case SourceCopy::kNone:
         return Make(Action::kNothing, v1::LOST, "the guest ran at the destination and ended there");
+      case SourceCopy::kPostcopyFailed:
+        // Nobody can decide otherwise: the halves cannot be put together again.
+        return Make(
+            Action::kNothing, v1::LOST,
+            "the guest ran at the destination in post-copy and ended there, when a part of its memory was at "
+            "each end. The source's copy is a half, older than the disks, and must not run. What to do: end "
+            "it (virsh destroy, at the source), and start the guest anew, which is a power cut to it");
       default:
         return Make(
             Action::kOperator, v1::LOST,
@@ -291,8 +302,11 @@ Settlement DestinationEmpty(SourceCopy s, const SettlementInput& in, bool fenced
                   "the source holds the guest; the destination has no copy and none has run there");
     case SourceCopy::kPostcopy:
     case SourceCopy::kPostcopyFailed:
-      return Make(Action::kOperator, v1::LOST,
-                  "the guest was started at the destination in post-copy and is gone there");
+      return Make(
+          Action::kOperator, v1::LOST,
+          "the guest was given to the destination in post-copy and is gone there, and nobody saw it run. "
+          "What to do: end the source's copy (virsh destroy, at the source), and start the guest anew, "
+          "which is a power cut to it");
     case SourceCopy::kNone:
     case SourceCopy::kUnseen:
       return Make(Action::kNothing, v1::LOST, "neither end has a copy: the guest has ended");
@@ -359,6 +373,8 @@ Settlement Decide(const SettlementInput& in) {
   // libvirt keeps the job of a broken post-copy, for the call that recovers it.
   const bool busy =
       in.call_active || in.source.job || (in.destination.job && d != DestinationCopy::kPostcopyFailed);
+  // The same at the source, where nothing is left to recover with.
+  const bool halved = !in.call_active && s == SourceCopy::kPostcopyFailed && d == DestinationCopy::kNone;
   const bool broken = !in.call_active &&
                       (s == SourceCopy::kPostcopyFailed || d == DestinationCopy::kPostcopyFailed) &&
                       (s == SourceCopy::kPostcopyFailed || s == SourceCopy::kPostcopy) &&
@@ -374,7 +390,8 @@ Settlement Decide(const SettlementInput& in) {
   if (!in.call_active && s == SourceCopy::kPostcopyFailed && d == DestinationCopy::kUnseen)
     return Make(Action::kAskAgain, v1::UNKNOWN,
                 "post-copy lost its connection at the source, and the destination does not answer");
-  if (busy && !both_run && !broken) return Make(Action::kWait, Meanwhile(s, d), "libvirt is at work");
+  if (busy && !both_run && !broken && !halved)
+    return Make(Action::kWait, Meanwhile(s, d), "libvirt is at work");
   switch (d) {
     case DestinationCopy::kUnseen:
       return s == SourceCopy::kUnseen ? Make(Action::kAskAgain, v1::UNKNOWN, "neither end answers")

@@ -354,6 +354,50 @@ TEST_F(MachineTest, LostGuestIsReportedAsLost) {
   EXPECT_NE(m().message().find("runs nowhere"), std::string::npos);
 }
 
+TEST_F(MachineTest, WhatOnlyAPersonCanDecideIsInTheRecordBeforeTheEnd) {
+  Run();
+  Yield();
+  Say(Report(v1::ROLE_DESTINATION, v1::POSTCOPY, v1::OWNER, true));
+  EXPECT_EQ(m().message(), "");
+  // What is asked again by itself is not for a person.
+  Say(Report(v1::ROLE_SOURCE, v1::SWITCHOVER, v1::YIELDED, false, false, v1::REASON_UNSPECIFIED,
+             "the destination does not answer"));
+  EXPECT_EQ(m().message(), "");
+  Say(Report(v1::ROLE_SOURCE, v1::SWITCHOVER, v1::YIELDED, false, false, v1::SOURCE_VMM_FAILED,
+             "the source's half is gone; end the other one"));
+  EXPECT_EQ(m().phase(), v1::POSTCOPY);
+  EXPECT_EQ(m().guest_location(), v1::DESTINATION);
+  EXPECT_EQ(m().reason(), v1::REASON_UNSPECIFIED) << "it has not ended";
+  EXPECT_EQ(m().message(), "hosts/a: the source's half is gone; end the other one");
+  EXPECT_FALSE(m().has_end_time());
+  absl::Status resolved = machine_.CanResolve();
+  EXPECT_EQ(resolved.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_NE(Message(resolved).find("end the other one"), std::string::npos);
+  Restart();
+  EXPECT_NE(m().message().find("end the other one"), std::string::npos);
+  Say(Report(v1::ROLE_SOURCE, v1::SWITCHOVER, v1::YIELDED, false));
+  EXPECT_EQ(m().message(), "");
+}
+
+TEST_F(MachineTest, AGuestThatEndedAtTheDestinationIsLostAndTheSourceSaysWhatIsLeft) {
+  Run();
+  Yield();
+  Say(Report(v1::ROLE_DESTINATION, v1::POSTCOPY, v1::OWNER, true));
+  v1::SideReport here = Report(v1::ROLE_SOURCE, v1::FAILED, v1::YIELDED, false, true, v1::SOURCE_VMM_FAILED,
+                               "the source's copy is a half; end it");
+  here.set_guest_lost(true);
+  Say(here);
+  EXPECT_NE(m().phase(), v1::FAILED);
+  v1::SideReport there = Report(v1::ROLE_DESTINATION, v1::FAILED, v1::OWNER, false, true,
+                                v1::DESTINATION_VMM_FAILED, "the domain has ended since it came here");
+  there.set_guest_lost(true);
+  Say(there);
+  EXPECT_EQ(m().phase(), v1::FAILED);
+  EXPECT_EQ(m().guest_location(), v1::LOST);
+  EXPECT_EQ(m().reason(), v1::DESTINATION_VMM_FAILED);
+  EXPECT_NE(m().message().find("the source's copy is a half; end it"), std::string::npos);
+}
+
 TEST_F(MachineTest, GuestThatEndsWhileTheDestinationPreparesIsLost) {
   BothUp();
   Do(Admitted{});

@@ -323,8 +323,27 @@ TEST(Settle, StatesThatLibvirtLeavesBehind) {
        Action::kDestroySource, v1::DESTINATION},
       {"post-copy, the source's QEMU died", Condition::kAbsent, Condition::kRunningPostcopyFailed,
        Action::kOperator, v1::DESTINATION},
-      {"post-copy, the destination's QEMU died", Condition::kPausedPostcopyFailed, Condition::kAbsent,
-       Action::kOperator, v1::LOST},
+      {"and the destination has not noticed", Condition::kAbsent, Condition::kRunningPostcopy, Action::kWait,
+       v1::DESTINATION, [](SettlementInput& in) { in.destination.job = true; }},
+      {"and a person has ended what the destination had", Condition::kAbsent, Condition::kShutOff,
+       Action::kNothing, v1::LOST, [](SettlementInput& in) { in.destination_ran = true; }},
+      {"post-copy, the destination's QEMU died", Condition::kPausedPostcopyFailed, Condition::kShutOff,
+       Action::kNothing, v1::LOST, [](SettlementInput& in) { in.destination_ran = true; }},
+      {"the same, with the job that libvirt keeps at the source", Condition::kPausedPostcopyFailed,
+       Condition::kAbsent, Action::kNothing, v1::LOST,
+       [](SettlementInput& in) { in.source.job = in.destination_ran = true; }},
+      {"the same, and the call that was to recover it lasts", Condition::kPausedPostcopyFailed,
+       Condition::kAbsent, Action::kWait, v1::UNKNOWN,
+       [](SettlementInput& in) { in.call_active = in.source.job = in.destination_ran = true; }},
+      {"the same, and the source has not noticed", Condition::kPausedPostcopy, Condition::kAbsent,
+       Action::kWait, v1::UNKNOWN, [](SettlementInput& in) { in.source.job = in.destination_ran = true; }},
+      {"the same, and nobody saw it run", Condition::kPausedPostcopyFailed, Condition::kAbsent,
+       Action::kOperator, v1::LOST, [](SettlementInput& in) { in.source.job = true; }},
+      {"and a person has ended the source's half", Condition::kShutOff, Condition::kAbsent, Action::kNothing,
+       v1::LOST},
+      {"it ran there in post-copy, and its host was fenced", Condition::kPausedPostcopyFailed,
+       Condition::kUnreachable, Action::kNothing, v1::LOST,
+       [](SettlementInput& in) { in.source.job = in.fenced = in.destination_ran = true; }},
       {"the guest shut itself down meanwhile", Condition::kShutOff, Condition::kAbsent, Action::kNothing,
        v1::LOST},
       {"the only copy has not been started", Condition::kAbsent, Condition::kPausedIncoming,
@@ -427,6 +446,31 @@ TEST(Settle, ARecoveryThatGetsNoFurther_SaysSo) {
     in.source_qemu = "postcopy-active";
     EXPECT_THAT(Settle(in).why, testing::HasSubstr("libvirt is at work"));
   }
+}
+
+// What a half has lost does not come back: whoever reads the record is told what there is to do.
+TEST(Settle, AHalfOfAGuest_IsLeftAsItIs_AndAPersonIsTold) {
+  int halves = 0;
+  ForAll([&](const SettlementInput& in) {
+    const Condition s = in.source.condition, d = in.destination.condition;
+    const bool source_half =
+        s == Condition::kPausedPostcopyFailed && d != Condition::kUnreachable && !IsCopy(d);
+    const bool destination_half =
+        s != Condition::kUnreachable && !IsCopy(s) &&
+        (d == Condition::kRunningPostcopyFailed || d == Condition::kPausedPostcopyFailed);
+    if (in.call_active || !(source_half || (destination_half && !in.source.job))) return;
+    ++halves;
+    const Settlement out = Settle(in);
+    EXPECT_THAT(out.why, testing::HasSubstr("virsh destroy")) << Show(in);
+    EXPECT_THAT(out.why, testing::HasSubstr("a power cut to it")) << Show(in);
+    EXPECT_EQ(out.location, source_half ? v1::LOST : v1::DESTINATION) << Show(in);
+    const bool over = source_half && in.destination_ran;
+    EXPECT_EQ(out.action, over ? Action::kNothing : Action::kOperator) << Show(in);
+    if (over) {
+      EXPECT_THAT(out.why, testing::HasSubstr("must not run")) << Show(in);
+    }
+  });
+  EXPECT_GT(halves, 0);
 }
 
 TEST(ConditionOf, ReadsLibvirtsStates) {
