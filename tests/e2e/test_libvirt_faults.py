@@ -33,8 +33,8 @@ MATRIX = {
 # still until batond gives up on it (a minute). Usually 3.
 LIMITS = {("destination_shim", "switchover"): 30, ("destination_shim", "finish"): 30}
 
-# What CI runs of it, as Faults: each moment, on each side, and all of what has lost a guest before. The rest is MoreFaults
-# (`./dev test long`).
+# In two tests, so that each is a matter of few minutes. Faults: each moment, on each side, and all of what has lost a guest
+# before. MoreFaults: the rest.
 OFTEN = {
     "batond": ("prepared", "confirm"),
     "source_agent": ("prepared", "finish"),
