@@ -20,8 +20,8 @@ constexpr Duration kMaxAckPause = seconds(30);
 constexpr Duration kShimRetires = seconds(10);
 constexpr Duration kShimStarts = seconds(20);
 constexpr int kMaxRestartDelay = 30;
-// For a shim to be there before its command, and for the command to come: a destination that takes longer to
-// prepare, or another operation on the domain, is no reason to have a shim sooner.
+// For another operation on the domain to end, before a shim ahead of its command is given up; and for that
+// command to come: a destination that takes longer to prepare is no reason to have a shim sooner.
 constexpr Duration kReadyIn = seconds(2);
 constexpr Duration kCommandComes = seconds(5);
 
@@ -484,7 +484,9 @@ void DomainManager::GetReady(const std::string& uuid, const std::string& vm) {
   const EntryPtr& entry = locked->entry;
   if (entry->connected() || !IsIdle(entry->conf())) return;
   auto conf = MakeConfig(uuid, vm);
-  absl::Status launched = conf.ok() ? LaunchWith(entry, *conf, Deadline::After(kReadyIn)) : conf.status();
+  // As long as the command itself would let it start: on a busy host that then waits for this one, and not
+  // for its end.
+  absl::Status launched = conf.ok() ? LaunchWith(entry, *conf, Deadline::After(kShimStarts)) : conf.status();
   if (!launched.ok()) {
     // The command will find the same, and say so.
     LOG_DEBUG("domain {}: no shim ahead of its command: {}", uuid, Message(launched));
